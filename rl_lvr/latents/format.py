@@ -61,7 +61,9 @@ class LatentFormat:
                     f"latent format {self.name!r}: {name} is {value!r}; choose {' or '.join(allowed)}."
                 )
         if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k <= 0:
-            raise UserError(f"latent format {self.name!r}: k is {self.k!r}; it must be a whole number above 0.")
+            raise UserError(
+                f"latent format {self.name!r}: k is {self.k!r}; it must be a whole number above 0."
+            )
         if not self.slot:
             raise UserError(f"latent format {self.name!r} needs a slot token.")
         if (self.start is None) != (self.end is None):
@@ -99,7 +101,13 @@ class LatentFormat:
     def add_tokens(self, tokenizer: Any) -> int:
         """Add the missing marker tokens as special tokens; returns how many. The embedding must then be resized."""
         missing = self.missing_tokens(tokenizer)
-        return tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False) if missing else 0
+        return (
+            tokenizer.add_special_tokens(
+                {"additional_special_tokens": missing}, replace_extra_special_tokens=False
+            )
+            if missing
+            else 0
+        )
 
     def bind(self, tokenizer: Any, placeholders: dict[str, int] | None = None) -> FormatIds:
         """Token ids of the markers. `placeholders` are the family's image tokens and the like, by name."""
@@ -147,7 +155,9 @@ class LatentFormat:
             raise UserError(f"{path} is no valid JSON ({error.msg}, line {error.lineno}).") from error
         known = {f.name for f in fields(cls)}
         if not isinstance(values, dict) or not {"name", "slot"} <= set(values) <= known:
-            raise UserError(f"{path} does not describe a latent format: expected the keys {', '.join(sorted(known))}.")
+            raise UserError(
+                f"{path} does not describe a latent format: expected the keys {', '.join(sorted(known))}."
+            )
         return cls(**values)
 
     def check_against(self, other: LatentFormat, folder: str | Path) -> None:
@@ -190,30 +200,56 @@ PRESETS: dict[str, LatentFormat] = {
     preset.name: preset
     for preset in (
         LatentFormat(
-            "lvr", "<|lvr|>", "<|lvr_start|>", "<|lvr_end|>", k=8,
+            "lvr",
+            "<|lvr|>",
+            "<|lvr_start|>",
+            "<|lvr_end|>",
+            k=8,
             source="LVR (2509.24251), steps decoding with a fixed K",
         ),
         LatentFormat(
-            "lantern", "<|lvr_sep|>", "<|lvr_start|>", "<|lvr_end|>", k=8,
+            "lantern",
+            "<|lvr_sep|>",
+            "<|lvr_start|>",
+            "<|lvr_end|>",
+            k=8,
             source="LanteRn (2603.25629) and paper C (2605.18445)",
         ),
         LatentFormat(
-            "monet", "<abs_vis_token_pad>", "<abs_vis_token>", "</abs_vis_token>", k=10, length="free",
+            "monet",
+            "<abs_vis_token_pad>",
+            "<abs_vis_token>",
+            "</abs_vis_token>",
+            k=10,
+            length="free",
             first="before_start",
             source="Monet (2511.21395) at inference: K counts the overwritten start marker; 8 in its SFT",
         ),
         LatentFormat(
-            "mirage", "<|latent_pad|>", "<|latent_start|>", "<|latent_end|>", k=4, source="Mirage (2506.17218)"
+            "mirage",
+            "<|latent_pad|>",
+            "<|latent_start|>",
+            "<|latent_end|>",
+            k=4,
+            source="Mirage (2506.17218)",
         ),
         LatentFormat(
-            "skila", "<|skila|>", "<|sketch_start|>", "<|sketch_end|>", k=54, length="free",
+            "skila",
+            "<|skila|>",
+            "<|sketch_start|>",
+            "<|sketch_end|>",
+            k=54,
+            length="free",
             source="SkiLa (2512.16584): trained with 27 per image, runs until its end token, hard cap 54",
         ),
         LatentFormat(
             "ilvr", "<|latent_pad|>", "<|latent_start|>", "<|latent_end|>", k=8, source="ILVR (2512.05665)"
         ),
         LatentFormat(
-            "slots", "<|latent_slot|>", k=4, feedback="none",
+            "slots",
+            "<|latent_slot|>",
+            k=4,
+            feedback="none",
             source="learned or optimised slots without feedback, as LaViT (2601.10129) and paper A (2605.02735)",
         ),
     )

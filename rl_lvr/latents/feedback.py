@@ -1,0 +1,89 @@
+"""f: hidden state -> latent. The identity, or a learned projector, or a rescaling to the embeddings' norm.
+
+The module hangs on the model under the top-level name `latent_proj`, so that it is trained, saved and synced with
+the model and no engine remaps its name into the language model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from rl_lvr.errors import UserError
+from rl_lvr.latents.format import LatentFormat
+from rl_lvr.latents.inject import unwrapped
+
+NAME = "latent_proj"
+
+
+class LatentFeedback(nn.Module):
+    """z = scale(project(h)). Starts as the identity (times the norm), so that training starts from plain feedback."""
+
+    def __init__(self, hidden_size: int, projector: str = "none", norm: str = "none") -> None:
+        super().__init__()
+        self.projector = projector
+        self.norm = norm
+        if projector == "linear":
+            self.linear = nn.Linear(hidden_size, hidden_size)
+            nn.init.eye_(self.linear.weight)
+            nn.init.zeros_(self.linear.bias)
+        elif projector == "mlp":
+            self.up = nn.Linear(hidden_size, hidden_size)
+            self.down = nn.Linear(hidden_size, hidden_size)
+            nn.init.zeros_(self.down.weight)  # residual: the identity at the start
+            nn.init.zeros_(self.down.bias)
+        if norm == "embedding":
+            self.register_buffer("embedding_norm", torch.ones(()))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., H] -> [..., H]"""
+        if self.projector == "linear":
+            hidden = self.linear(hidden)
+        elif self.projector == "mlp":
+            hidden = hidden + self.down(nn.functional.gelu(self.up(hidden)))
+        if self.norm == "embedding":
+            length = hidden.float().norm(dim=-1, keepdim=True).clamp_min(1e-6)
+            hidden = (hidden.float() * (self.embedding_norm / length)).to(hidden.dtype)
+        return hidden
+
+
+def attach_feedback(model: nn.Module, format: LatentFormat, folder: str | Path | None = None) -> None:
+    """Give `model` the feedback module that `format` asks for; a format without one leaves the model untouched.
+
+    With `folder`, weights stored there under `latent_proj.*` are loaded; a checkpoint that was trained with a
+    projector but lacks its weights is refused.
+    """
+    if format.projector == "none" and format.norm == "none":
+        return
+    base = unwrapped(model)
+    embedding = base.get_input_embeddings().weight
+    module = LatentFeedback(embedding.shape[1], format.projector, format.norm)
+    stored = _stored(folder) if folder is not None else {}
+    if stored:
+        module.load_state_dict(stored)
+    elif folder is not None and LatentFormat.load(folder) is not None:
+        raise UserError(
+            f"the checkpoint in {folder} has no weights {NAME}.*, which latent format {format.name!r} needs."
+        )
+    elif format.norm == "embedding":
+        module.embedding_norm.fill_(embedding.detach().float().norm(dim=-1).mean())
+    base.add_module(NAME, module.to(embedding.device, embedding.dtype))
+
+
+def _stored(folder: str | Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(str(path), framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                if name.startswith(NAME + "."):
+                    found[name.removeprefix(NAME + ".")] = file.get_tensor(name)
+    return found
+
+
+def feedback(model: nn.Module, hidden: Tensor) -> Tensor:
+    """f(h) with the model's feedback module, or h itself where there is none. [..., H] -> [..., H]"""
+    module = getattr(unwrapped(model), NAME, None)
+    return hidden if module is None else module(hidden)
