@@ -1,0 +1,17 @@
+"""Records, their checks, and the puzzle generators. No torch here: tensors are the collator's business."""
+
+from rl_lvr.data.images import ImageError, ImageRef
+from rl_lvr.data.records import LatentSpec, LatentTarget, Record, Records, from_datasets, load_records
+from rl_lvr.data.schema import LATENT
+
+__all__ = [
+    "LATENT",
+    "ImageError",
+    "ImageRef",
+    "LatentSpec",
+    "LatentTarget",
+    "Record",
+    "Records",
+    "from_datasets",
+    "load_records",
+]
