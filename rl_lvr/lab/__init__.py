@@ -1,0 +1,1 @@
+"""The lab: tiny vision-language models built from scratch and the experiments on them."""

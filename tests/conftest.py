@@ -1,0 +1,52 @@
+"""Fixtures shared by all tests: tiny real models of the four families. Batches for them are in helpers.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import WORDS
+
+from rl_lvr.lab.tiny import FAMILIES, TinySpec, build_tiny
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny_folder(family, **changes of TinySpec)`: the saved model, built once per shape."""
+    built: dict[TinySpec, Path] = {}
+
+    def folder(family: str, **changes: Any) -> Path:
+        spec = TinySpec(family, **{"words": WORDS, **changes})
+        if spec not in built:
+            built[spec] = build_tiny(spec, tmp_path_factory.mktemp("tiny") / family)
+        return built[spec]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def load_tiny(tiny_folder: Callable[..., Path]) -> Callable[..., tuple[Any, Any]]:
+    """`load_tiny(family, **changes)`: a fresh (model, processor), fp32, in evaluation mode."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    def load(family: str, **changes: Any) -> tuple[Any, Any]:
+        folder = tiny_folder(family, **changes)
+        return AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(
+            folder
+        )
+
+    return load
+
+
+@pytest.fixture(params=FAMILIES)
+def family_name(request: pytest.FixtureRequest) -> str:
+    """Runs a test once for each of the four families."""
+    return request.param
+
+
+@pytest.fixture
+def tiny(load_tiny: Callable[..., tuple[Any, Any]], family_name: str) -> tuple[Any, Any]:
+    """A fresh (model, processor) of every family."""
+    return load_tiny(family_name)
