@@ -66,7 +66,7 @@ class Record:
     @classmethod
     def from_row(cls, row: Mapping[str, Any], root: Path | None = None) -> Record:
         """A record from a row of the schema, image paths below `root`; RowError at the first finding."""
-        problems = structure_problems(row)
+        problems = structure_problems(row, confined=root is not None)
         if problems:
             raise RowError(problems[0])
         latents = row.get("latents")

@@ -71,12 +71,15 @@ def unknown_fields(given: Any, allowed: tuple[str, ...], where: str = "") -> Ite
         yield Problem(f"{where}.{name}" if where else str(name), "unknown field", cure)
 
 
-def structure_problems(row: Any) -> list[Problem]:
-    """All findings in one record's structure. Image files, image sizes and marker tokens are check.py's."""
-    return list(_record(row))
+def structure_problems(row: Any, confined: bool = True) -> list[Problem]:
+    """All findings in one record's structure. Image files, image sizes and marker tokens are check.py's.
+
+    `confined`: image paths must stay below a folder (any path may stand in a data set built by the caller).
+    """
+    return list(_record(row, confined))
 
 
-def _record(row: Any) -> Iterator[Problem]:
+def _record(row: Any, confined: bool) -> Iterator[Problem]:
     if not isinstance(row, Mapping):
         yield Problem("record", f"is {kind(row)}", "write one JSON object per line")
         return
@@ -95,7 +98,7 @@ def _record(row: Any) -> Iterator[Problem]:
     if isinstance(images, list):
         count = len(images)
         for index, image in enumerate(images):
-            yield from _image(image, f"images[{index}]")
+            yield from _image(image, f"images[{index}]", confined)
     else:
         yield Problem("images", f"is {kind(images)}", "make it a list of image paths")
 
@@ -112,7 +115,7 @@ def _record(row: Any) -> Iterator[Problem]:
                     "give one image part per entry of images, in the same order",
                 )
     if "latents" in row:
-        yield from _latents(row["latents"], count, spans)
+        yield from _latents(row["latents"], count, spans, confined)
 
 
 def _text(value: Any, name: str) -> Iterator[Problem]:
@@ -122,7 +125,7 @@ def _text(value: Any, name: str) -> Iterator[Problem]:
         yield Problem(name, "is empty", "fill it in" + ("" if name == "id" else ", or leave the field out"))
 
 
-def _image(image: Any, where: str) -> Iterator[Problem]:
+def _image(image: Any, where: str, confined: bool) -> Iterator[Problem]:
     """A path, or (columnar files) a struct of bytes and path."""
     if isinstance(image, Mapping):
         yield from unknown_fields(image, ("bytes", "path"), where)
@@ -137,7 +140,7 @@ def _image(image: Any, where: str) -> Iterator[Problem]:
     if not isinstance(image, str):
         yield Problem(where, f"is {kind(image)}", "make it an image path, as a string")
         return
-    error = path_error(image)
+    error = path_error(image) if confined else None
     if error is not None:
         yield Problem(where, error.what, error.cure)
 
@@ -226,7 +229,7 @@ def _count(messages: Any) -> tuple[int, int | None]:
     return parts, spans if messages[-1]["role"] == "assistant" else None
 
 
-def _latents(latents: Any, images: int | None, spans: int | None) -> Iterator[Problem]:
+def _latents(latents: Any, images: int | None, spans: int | None, confined: bool) -> Iterator[Problem]:
     if not isinstance(latents, list):
         yield Problem("latents", f"is {kind(latents)}", "make it a list with one object per latent span")
         return
@@ -237,10 +240,10 @@ def _latents(latents: Any, images: int | None, spans: int | None) -> Iterator[Pr
             f"give one entry per {LATENT}, or leave latents out if the spans have no targets",
         )
     for index, latent in enumerate(latents):
-        yield from _latent(latent, images, f"latents[{index}]")
+        yield from _latent(latent, images, f"latents[{index}]", confined)
 
 
-def _latent(latent: Any, images: int | None, where: str) -> Iterator[Problem]:
+def _latent(latent: Any, images: int | None, where: str, confined: bool) -> Iterator[Problem]:
     if not isinstance(latent, Mapping):
         yield Problem(where, f"is {kind(latent)}", "make it an object with boxes, cells or images")
         return
@@ -262,7 +265,7 @@ def _latent(latent: Any, images: int | None, where: str) -> Iterator[Problem]:
             if name in latent:
                 yield Problem(f"{where}.{name}", "does not go with images", "remove it")
         for i, image in enumerate(value):
-            yield from _image(image, f"{where}.images[{i}]")
+            yield from _image(image, f"{where}.images[{i}]", confined)
         return
     yield from _image_index(latent, images, where)
     if what == "boxes":
