@@ -48,6 +48,14 @@ class LatentFormat:
     source: str = ""
 
     def __post_init__(self) -> None:
+        for name in ("name", "slot", "start", "end"):
+            value = getattr(self, name)
+            optional = name in ("start", "end")
+            if not (isinstance(value, str) and value) and not (optional and value is None):
+                cure = " (leave it out if the format has none)" if optional else ""
+                raise UserError(
+                    f"latent format {self.name!r}: {name} is {value!r}; it must be a text that is not empty{cure}."
+                )
         for name, allowed in (
             ("length", LENGTHS),
             ("first", FIRSTS),
@@ -57,21 +65,26 @@ class LatentFormat:
         ):
             value = getattr(self, name)
             if value not in allowed:
-                raise UserError(
-                    f"latent format {self.name!r}: {name} is {value!r}; choose {' or '.join(allowed)}."
-                )
+                raise UserError(f"latent format {self.name!r}: {name} is {value!r}; choose {' or '.join(allowed)}.")
         if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k <= 0:
-            raise UserError(
-                f"latent format {self.name!r}: k is {self.k!r}; it must be a whole number above 0."
-            )
-        if not self.slot:
-            raise UserError(f"latent format {self.name!r} needs a slot token.")
+            raise UserError(f"latent format {self.name!r}: k is {self.k!r}; it must be a whole number above 0.")
         if (self.start is None) != (self.end is None):
             raise UserError(f"latent format {self.name!r} needs both a start and an end token, or neither.")
         if self.start is None and self.feedback == "hidden":
             raise UserError(
                 f"latent format {self.name!r} feeds hidden states back but has no start and end token: "
                 "give both, or set feedback to none."
+            )
+        if self.start is None and (self.length == "free" or self.first == "before_start"):
+            what = "ends its spans freely" if self.length == "free" else "puts the first latent on its start token"
+            raise UserError(
+                f"latent format {self.name!r} {what} but has no start and end token: "
+                "give both, or use length fixed and first at_start."
+            )
+        if self.feedback == "none" and self.projector != "none":
+            raise UserError(
+                f"latent format {self.name!r} has a projector but feeds nothing back: "
+                "set projector to none, or feedback to hidden."
             )
         if len(set(self.tokens)) != len(self.tokens):
             raise UserError(f"latent format {self.name!r} uses one token twice: {', '.join(self.tokens)}.")
@@ -84,27 +97,42 @@ class LatentFormat:
     @property
     def slots(self) -> int:
         """SLOT tokens in a full span of k latents."""
-        return self.k - 1 if self.first == "before_start" else self.k
+        return self.slots_of(self.k)
+
+    def slots_of(self, k: int) -> int:
+        """SLOT tokens in a span of k latents. Under `before_start` START holds one: k = 0 and 1 are both an empty pair."""
+        if k < 0:
+            raise ValueError(f"a span cannot hold {k} latents.")
+        return max(k - 1, 0) if self.first == "before_start" else k
 
     def text(self, k: int | None = None) -> str:
         """A span of k latents as text."""
-        count = self.slots if k is None else (k - 1 if self.first == "before_start" else k)
+        count = self.slots_of(self.k if k is None else k)
         return (self.start or "") + self.slot * count + (self.end or "")
 
     # ---- bound to a tokenizer
 
     def missing_tokens(self, tokenizer: Any) -> list[str]:
-        """Marker tokens that the tokenizer does not hold as single tokens."""
+        """Marker tokens that the tokenizer does not hold as single tokens.
+
+        An entry of the vocabulary is not enough: one that the tokenizer never makes from text cannot be a marker.
+        """
         vocabulary = tokenizer.get_vocab()
-        return [token for token in self.tokens if token not in vocabulary]
+        return [
+            token
+            for token in self.tokens
+            if token not in vocabulary or tokenizer(token, add_special_tokens=False)["input_ids"] != [vocabulary[token]]
+        ]
 
     def add_tokens(self, tokenizer: Any) -> int:
-        """Add the missing marker tokens as special tokens; returns how many. The embedding must then be resized."""
+        """Add the missing marker tokens as special tokens; returns how many.
+
+        The embedding must then grow to `len(tokenizer)` rows, if it has fewer: Qwen's has rows to spare, and a
+        resize to `len(tokenizer)` would cut those off.
+        """
         missing = self.missing_tokens(tokenizer)
         return (
-            tokenizer.add_special_tokens(
-                {"additional_special_tokens": missing}, replace_extra_special_tokens=False
-            )
+            tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
             if missing
             else 0
         )
@@ -115,7 +143,8 @@ class LatentFormat:
         if missing:
             raise UserError(
                 f"the tokenizer has no token {', '.join(missing)} of latent format {self.name!r}: "
-                "set add_marker_tokens to true to add and train them, or choose the format the checkpoint was trained with."
+                "set add_marker_tokens to true to add and train them, "
+                "or choose the format the checkpoint was trained with."
             )
         ids = {token: int(tokenizer.convert_tokens_to_ids(token)) for token in self.tokens}
         if len(set(ids.values())) != len(ids):
@@ -151,14 +180,17 @@ class LatentFormat:
             return None
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is no text file ({error.reason} at byte {error.start}).") from error
         except json.JSONDecodeError as error:
             raise UserError(f"{path} is no valid JSON ({error.msg}, line {error.lineno}).") from error
         known = {f.name for f in fields(cls)}
         if not isinstance(values, dict) or not {"name", "slot"} <= set(values) <= known:
-            raise UserError(
-                f"{path} does not describe a latent format: expected the keys {', '.join(sorted(known))}."
-            )
-        return cls(**values)
+            raise UserError(f"{path} does not describe a latent format: expected the keys {', '.join(sorted(known))}.")
+        try:
+            return cls(**values)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
 
     def check_against(self, other: LatentFormat, folder: str | Path) -> None:
         """Refuse a format that disagrees with a checkpoint's own in anything that changes what the model sees."""
@@ -190,8 +222,7 @@ class FormatIds:
 
     def span(self, k: int | None = None) -> list[int]:
         """Token ids of one full span of k latents."""
-        k = self.format.k if k is None else k
-        count = k - 1 if self.format.first == "before_start" else k
+        count = self.format.slots_of(self.format.k if k is None else k)
         head = [] if self.start is None else [self.start]
         return head + [self.slot] * count + ([] if self.end is None else [self.end])
 
@@ -242,9 +273,7 @@ PRESETS: dict[str, LatentFormat] = {
             length="free",
             source="SkiLa (2512.16584): trained with 27 per image, runs until its end token, hard cap 54",
         ),
-        LatentFormat(
-            "ilvr", "<|latent_pad|>", "<|latent_start|>", "<|latent_end|>", k=8, source="ILVR (2512.05665)"
-        ),
+        LatentFormat("ilvr", "<|latent_pad|>", "<|latent_start|>", "<|latent_end|>", k=8, source="ILVR (2512.05665)"),
         LatentFormat(
             "slots",
             "<|latent_slot|>",
@@ -258,16 +287,14 @@ PRESETS: dict[str, LatentFormat] = {
 
 def get_format(name: str, **changes: Any) -> LatentFormat:
     """A preset by name, with some fields changed: ``get_format("lvr", k=6)``."""
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1)
+    if not isinstance(name, str) or name not in PRESETS:
+        near = difflib.get_close_matches(str(name), PRESETS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
         raise UserError(f"no latent format {name!r}{hint} Presets: {', '.join(PRESETS)}.")
     known = {f.name for f in fields(LatentFormat)}
     for key in changes:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            raise UserError(
-                f"a latent format has no field {key!r}{f'; did you mean {near[0]!r}?' if near else ''} "
-                f"Fields: {', '.join(sorted(known))}."
-            )
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise UserError(f"a latent format has no field {key!r}{hint} Fields: {', '.join(sorted(known))}.")
     return replace(PRESETS[name], **changes)
