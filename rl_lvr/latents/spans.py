@@ -133,12 +133,13 @@ class SpanMasks:
 
 
 def span_masks(ids: Tensor, markers: FormatIds, attention_mask: Tensor | None = None) -> SpanMasks:
-    """Masks of a batch `ids` [B, T]. Padded positions (`attention_mask` 0) are cut off before the search."""
+    """Masks of a batch `ids` [B, T]. Padded positions (`attention_mask` 0) are cut off before the search.
+
+    Padding stands at the ends of a row. A gap inside it is refused: a span across one has no meaning.
+    """
     rows = ids.detach().cpu().numpy()
     shape = rows.shape
-    valid = (
-        np.ones(shape, bool) if attention_mask is None else attention_mask.detach().cpu().numpy().astype(bool)
-    )
+    valid = np.ones(shape, bool) if attention_mask is None else attention_mask.detach().cpu().numpy().astype(bool)
     start, slot, end, latent, forced, after = (np.zeros(shape, bool) for _ in range(6))
     index = np.full(shape, -1, np.int64)
     for b in range(shape[0]):
@@ -146,6 +147,8 @@ def span_masks(ids: Tensor, markers: FormatIds, attention_mask: Tensor | None = 
         if not len(kept):
             continue
         offset, stop = int(kept[0]), int(kept[-1]) + 1
+        if stop - offset != len(kept):
+            raise ValueError(f"row {b}: the attention mask has a gap between positions {offset} and {stop - 1}.")
         spans = find_spans(rows[b, offset:stop], markers).spans
         for i, span in enumerate(spans):
             begin, close = span.first_slot + offset, span.first_slot + span.slots + offset
