@@ -1,7 +1,8 @@
 """Gaussian noise keyed by (request seed, absolute position): no generator state, so no order to get wrong.
 
 The same vector comes out in any batch, on any rank, after a preemption and in any engine. Counter based:
-SplitMix64 of (seed, position, index) gives the uniforms, Box-Muller the normals.
+SplitMix64 of (seed, position, index) gives the uniforms, Box-Muller the normals. Computed in float64: the last bits
+of log, cos and sin differ between devices and vector widths, and rounding to float32 takes them away.
 """
 
 from __future__ import annotations
@@ -22,6 +23,11 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
+def _uniform(bits: Tensor) -> Tensor:
+    """Random 64-bit words -> float64 in the open interval (0, 1): 52 bits and a half step are exact."""
+    return (_shift_right(bits, 12).to(torch.float64) + 0.5) * 2.0**-52
+
+
 def _splitmix(x: Tensor) -> Tensor:
     x = x + _GAMMA
     x = (x ^ _shift_right(x, 30)) * _MIX_1
@@ -34,15 +40,12 @@ def keyed_normal(seed: Tensor, position: Tensor, size: int) -> Tensor:
     key = _splitmix(_splitmix(seed.long()) ^ position.long())
     pairs = (size + 1) // 2
     counter = torch.arange(2 * pairs, device=seed.device, dtype=torch.long)
-    bits = _splitmix(key[:, None] + counter[None, :] * _GAMMA)
-    # 24 bits are exact in float32; the half step keeps log away from 0 and 1.
-    uniform = (_shift_right(bits, 40).to(torch.float32) + 0.5) * 2.0**-24
+    uniform = _uniform(_splitmix(key[:, None] + counter[None, :] * _GAMMA))
     radius = torch.sqrt(-2.0 * torch.log(uniform[:, :pairs]))
     angle = (2.0 * math.pi) * uniform[:, pairs:]
-    return torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], 1)[:, :size]
+    return torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], 1)[:, :size].float()
 
 
 def keyed_uniform(seed: Tensor, position: Tensor) -> Tensor:
     """One uniform number in (0, 1) per key, float64: what a sampler draws for one token. [N]"""
-    bits = _splitmix(_splitmix(_splitmix(seed.long()) ^ position.long()) ^ _MIX_1)
-    return (_shift_right(bits, 11).to(torch.float64) + 0.5) * 2.0**-53
+    return _uniform(_splitmix(_splitmix(_splitmix(seed.long()) ^ position.long()) ^ _MIX_1))
