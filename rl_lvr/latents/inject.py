@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,15 @@ from rl_lvr.latents.format import FormatIds
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside DDP and DeepSpeed wrappers."""
-    while isinstance(getattr(model, "module", None), nn.Module):
-        model = model.module
+    while isinstance(inner := getattr(model, "module", None), nn.Module):
+        model = inner
     return model
+
+
+def input_embeddings(model: nn.Module) -> nn.Module:
+    """The module that looks token ids up, inside any wrapper."""
+    embedding: nn.Module = unwrapped(model).get_input_embeddings()  # type: ignore[operator]
+    return embedding
 
 
 @contextmanager
@@ -36,33 +43,32 @@ def inject(model: nn.Module, latents: LatentBatch, markers: FormatIds | None = N
     """
     calls = 0
 
-    def overlay(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+    def overlay(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         nonlocal calls
         calls += 1
         if calls > 1:
-            raise RuntimeError(
-                "one injection serves one forward pass: the embeddings were looked up a second time."
-            )
+            raise RuntimeError("one injection serves one forward pass: the embeddings were looked up a second time.")
         ids = args[0] if args else kwargs["input"]
         return _overlay(output, ids, latents, markers)
 
-    handle = unwrapped(model).get_input_embeddings().register_forward_hook(overlay, with_kwargs=True)
+    handle = input_embeddings(model).register_forward_hook(overlay, with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
     if not calls:
         raise RuntimeError(
-            "the latents were not fed: the forward pass never looked up its input embeddings. Pass input_ids, not inputs_embeds."
+            "the latents were not fed: the forward pass never looked up its input embeddings. "
+            "Pass input_ids, not inputs_embeds."
         )
 
 
 def _overlay(embeds: Tensor, ids: Tensor, latents: LatentBatch, markers: FormatIds | None) -> Tensor:
     """`embeds` [B, T, H] with the latents written over it, out of place so that autograd sees both."""
     if ids.ndim != 2 or ids.shape[0] != len(latents):
-        raise ValueError(
-            f"latents of {len(latents)} rows cannot enter token ids of shape {tuple(ids.shape)}."
-        )
+        raise ValueError(f"latents of {len(latents)} rows cannot enter token ids of shape {tuple(ids.shape)}.")
+    if latents.hidden_size != embeds.shape[-1]:
+        raise ValueError(f"latents of width {latents.hidden_size} cannot enter embeddings of width {embeds.shape[-1]}.")
     rows, columns = latents.mask.nonzero(as_tuple=True)
     if not len(rows):
         return embeds
