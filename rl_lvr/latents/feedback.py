@@ -6,6 +6,8 @@ the model and no engine remaps its name into the language model.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,13 +16,15 @@ from torch import Tensor, nn
 
 from rl_lvr.errors import UserError
 from rl_lvr.latents.format import LatentFormat
-from rl_lvr.latents.inject import unwrapped
+from rl_lvr.latents.inject import input_embeddings, unwrapped
 
 NAME = "latent_proj"
 
 
 class LatentFeedback(nn.Module):
     """z = scale(project(h)). Starts as the identity (times the norm), so that training starts from plain feedback."""
+
+    embedding_norm: Tensor
 
     def __init__(self, hidden_size: int, projector: str = "none", norm: str = "none") -> None:
         super().__init__()
@@ -50,27 +54,59 @@ class LatentFeedback(nn.Module):
         return hidden
 
 
-def attach_feedback(model: nn.Module, format: LatentFormat, folder: str | Path | None = None) -> None:
+def attach_feedback(
+    model: nn.Module,
+    format: LatentFormat,  # noqa: A002
+    folder: str | Path | None = None,
+) -> None:
     """Give `model` the feedback module that `format` asks for; a format without one leaves the model untouched.
 
     With `folder`, weights stored there under `latent_proj.*` are loaded; a checkpoint that was trained with a
-    projector but lacks its weights is refused.
+    projector but lacks its weights is refused. A LoRA adapter stores them too if its `modules_to_save` names
+    `latent_proj`; so the module must be there before PEFT wraps the model.
     """
     if format.projector == "none" and format.norm == "none":
         return
     base = unwrapped(model)
-    embedding = base.get_input_embeddings().weight
-    module = LatentFeedback(embedding.shape[1], format.projector, format.norm)
+    if hasattr(base, "get_base_model"):
+        raise ValueError(f"attach the latent feedback before PEFT wraps the model, and name {NAME} in modules_to_save.")
+    embedding = input_embeddings(base)
+    assert isinstance(embedding, nn.Embedding)
+    module = LatentFeedback(embedding.embedding_dim, format.projector, format.norm)
     stored = _stored(folder) if folder is not None else {}
     if stored:
-        module.load_state_dict(stored)
+        _load(module, stored, folder)
     elif folder is not None and LatentFormat.load(folder) is not None:
         raise UserError(
             f"the checkpoint in {folder} has no weights {NAME}.*, which latent format {format.name!r} needs."
         )
     elif format.norm == "embedding":
-        module.embedding_norm.fill_(embedding.detach().float().norm(dim=-1).mean())
-    base.add_module(NAME, module.to(embedding.device, embedding.dtype))
+        with _whole(embedding.weight), torch.no_grad():
+            module.embedding_norm.fill_(embedding.weight.float().norm(dim=-1).mean())
+    base.add_module(NAME, module.to(embedding.weight.device, embedding.weight.dtype))
+
+
+@contextmanager
+def _whole(weight: Tensor) -> Iterator[None]:
+    """Gathers a weight that ZeRO-3 has spread over the ranks: what is left of it here is empty."""
+    if not hasattr(weight, "ds_id"):
+        yield
+        return
+    from deepspeed.zero import GatheredParameters
+
+    with GatheredParameters([weight]):
+        yield
+
+
+def _load(module: LatentFeedback, stored: dict[str, Tensor], folder: str | Path | None) -> None:
+    needed = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+    if found != needed:
+        raise UserError(
+            f"the weights {NAME}.* in {folder} do not fit the latent format: it needs {needed}, they are {found}. "
+            "Use the checkpoint's own format."
+        )
+    module.load_state_dict(stored)
 
 
 def _stored(folder: str | Path) -> dict[str, Tensor]:
@@ -78,8 +114,9 @@ def _stored(folder: str | Path) -> dict[str, Tensor]:
     for path in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(str(path), framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
-                if name.startswith(NAME + "."):
-                    found[name.removeprefix(NAME + ".")] = file.get_tensor(name)
+                plain = name.removeprefix("base_model.model.")  # PEFT's prefix in an adapter's file
+                if plain.startswith(NAME + "."):
+                    found[plain.removeprefix(NAME + ".")] = file.get_tensor(name)
     return found
 
 
