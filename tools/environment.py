@@ -1,9 +1,9 @@
 """Builds the virtual environment that everything in this repository runs in. Started by setup.py.
 
 A set-up is a chain of steps (steps.py). Each has a digest of what it depends on; `.venv/setup.json` records
-the digests of those that are done, and the name of the one that is running. So an unchanged environment is known
-after hashing a few files, a change redoes only what follows from it, and an interrupted run goes on, or starts
-anew if it left a half package. Standard library only.
+the digests of those that are done, and which one is running. So an unchanged environment is known after
+hashing a few files, a change redoes only what follows from it, and an interrupted run goes on, or starts anew
+if it left a half package. Standard library only.
 """
 
 from __future__ import annotations

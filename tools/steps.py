@@ -67,8 +67,8 @@ def check_machine(environment: Environment) -> None:
     except ImportError as missing:
         version = f"{sys.version_info[0]}.{sys.version_info[1]}"
         raise SetupError(
-            f"{sys.executable} lacks the module {missing.name!r}, which makes virtual environments: install it "
-            f"(Debian and Ubuntu: `apt install python{version}-venv`) and run make again."
+            f"{sys.executable} lacks the module {missing.name!r}, which makes virtual environments: "
+            f"install it (Debian and Ubuntu: `apt install python{version}-venv`) and run make again."
         ) from None
     del ensurepip, venv
     target = nearest_existing(environment.folder)
