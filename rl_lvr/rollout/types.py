@@ -79,7 +79,7 @@ class StopReason(StrEnum):
     STOP = "stop"
     """A stop string appeared."""
     LENGTH = "length"
-    """max_tokens was reached, possibly inside a span."""
+    """max_tokens or the model's last position was reached, possibly inside a span."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,12 @@ class Rollout:
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
     logprobs: Tensor
-    """[C] float32, log-prob of each completion token under the distribution it was drawn from; exactly 0 where forced."""
+    """[C] float32, log-prob of each token under the distribution it was drawn from; exactly 0 where forced."""
     forced: Tensor
     """[C] bool, tokens that the engine wrote without a choice."""
     latents: Tensor
-    """[n, H], the vectors that were fed, prompt latents included."""
+    """[n, H], the vectors that were fed, prompt latents included, in the model's precision. A completion that ends at a
+    slot has that slot's vector too: it was chosen, only nothing came after it."""
     latent_positions: tuple[int, ...]
     stop_reason: StopReason
     seed: int

@@ -1,0 +1,142 @@
+"""The reference engine: batched generation with latents on a plain Hugging Face model.
+
+Here are requests, checks, batches and the model's mode; the loop over tokens is in `decode.py`. Docs: docs/engines.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from rl_lvr.errors import UserError
+from rl_lvr.latents.feedback import NAME
+from rl_lvr.latents.format import LatentFormat
+from rl_lvr.latents.inject import unwrapped
+from rl_lvr.models import family_of
+from rl_lvr.progress import track
+from rl_lvr.rollout.checks import Limits, check_request, starts_with_own
+from rl_lvr.rollout.decode import BatchDecoder, Parts
+from rl_lvr.rollout.stops import StopStrings
+from rl_lvr.rollout.types import Capability, Request, Rollout, Sampling, request_seeds
+
+
+class HFRolloutEngine:
+    """Generates with a model in this process: the engine that every other one is checked against.
+
+    `model` may be wrapped (PEFT, DDP, DeepSpeed) and is shared, not copied: a trainer's update is seen at once. It
+    keeps its training mode. End-of-sequence ids are those of the generation config and the tokenizer together.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: Any,
+        format: LatentFormat,  # noqa: A002
+        *,
+        batch_size: int = 16,
+        progress: bool = False,
+    ) -> None:
+        if batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}; it must be at least 1.")
+        base: Any = unwrapped(model)
+        if (format.projector != "none" or format.norm != "none") and not hasattr(base, NAME):
+            raise UserError(
+                f"latent format {format.name!r} maps hidden states (projector {format.projector!r}, norm "
+                f"{format.norm!r}) but the model has no such module: call attach_feedback(model, format, folder) first."
+            )
+        self.model = model
+        self.format = format
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.batch_size = batch_size
+        self.progress = progress
+        self.capabilities = frozenset(Capability)
+
+        family = family_of(model)
+        placeholders = family.placeholder_ids(self.tokenizer)
+        self.markers = format.bind(self.tokenizer, placeholders)
+        text = base.config.get_text_config()
+        eos = _eos_ids(base, self.tokenizer)
+        clash = sorted(set(eos) & set(self.markers.never_sampled))
+        if clash:
+            raise UserError(
+                f"token id {clash[0]} ends a sequence and is also an image or latent marker, which is never sampled: "
+                "no completion could end. Correct eos_token_id in the generation config."
+            )
+        pad = self.tokenizer.pad_token_id
+        self._parts = Parts(
+            model=model,
+            family=family,
+            core=family.core(model),
+            head=family.head(model),
+            markers=self.markers,
+            eos=eos,
+            pad=eos[0] if pad is None else pad,
+            max_positions=text.max_position_embeddings,
+        )
+        self._limits = Limits(
+            hidden_size=self._parts.hidden_size,
+            vocabulary=self._parts.vocabulary,
+            max_positions=text.max_position_embeddings,
+            special_ids=frozenset({*self.tokenizer.all_special_ids, *eos}),
+        )
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
+        """One rollout per request, in their order. Rows do not influence each other."""
+        for index, request in enumerate(requests):
+            check_request(index, request, self.markers, self._limits)
+        seeds = request_seeds(requests, sampling)
+        rollouts: dict[int, Rollout] = {}
+        batches = self._batches(requests)
+        with _evaluating(self.model), torch.no_grad():
+            for batch in track(batches, "generate", unit="batch", visible=self.progress):
+                stops = StopStrings(self.tokenizer, sampling.stop, len(batch))
+                decoder = BatchDecoder(
+                    self._parts, [requests[i] for i in batch], [seeds[i] for i in batch], sampling, stops
+                )
+                rollouts.update(zip(batch, decoder.run(), strict=True))
+        return [rollouts[i] for i in range(len(requests))]
+
+    def _batches(self, requests: Sequence[Request]) -> list[list[int]]:
+        """Longest prompts first, similar lengths together; prompts that open with a latent of their own apart."""
+        batches = []
+        for opens in (False, True):
+            kept = [i for i, r in enumerate(requests) if starts_with_own(r, self.markers) is opens]
+            kept.sort(key=lambda i: -len(requests[i].prompt_ids))
+            batches += [kept[i : i + self.batch_size] for i in range(0, len(kept), self.batch_size)]
+        return batches
+
+    def sync_weights(self, model: nn.Module) -> None:
+        """Nothing to do for the model that the engine already shares; another one's weights are copied by name."""
+        mine, theirs = unwrapped(self.model), unwrapped(model)
+        if mine is not theirs:
+            mine.load_state_dict(theirs.state_dict())
+
+    def close(self) -> None:
+        """Nothing is held beyond the shared model."""
+
+
+def _eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    config = getattr(model, "generation_config", None)
+    ids = [] if config is None or config.eos_token_id is None else config.eos_token_id
+    found = {*(ids if isinstance(ids, list) else [ids])}
+    if tokenizer.eos_token_id is not None:
+        found.add(tokenizer.eos_token_id)
+    if not found:
+        raise UserError("neither the generation config nor the tokenizer names an end-of-sequence token: set one.")
+    return tuple(sorted(found))
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while. Each module gets back its own mode: a frozen tower may differ from the rest."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
