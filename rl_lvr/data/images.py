@@ -26,6 +26,7 @@ MAX_PIXELS = 50_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """Pillow knows some 40 more; one of them (EPS) starts an interpreter."""
 
+_LONGEST = 1024  # characters of a path
 _ORIENTATION = 0x0112  # EXIF
 _TURNED = (5, 6, 7, 8)  # orientations that swap width and height
 _DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
@@ -43,6 +44,15 @@ def path_error(text: str) -> ImageError | None:
     """What is wrong with a path by its text alone (no look at the disk)."""
     if not text:
         return ImageError("the image path is empty", "name the file, relative to the data file's folder")
+    if (
+        text.startswith("data:")
+        or len(text) > _LONGEST
+        or any(len(p.encode()) > 255 for p in text.split("/"))
+    ):
+        return ImageError(
+            f"{text[:24]!r}... is too long for a path, or is image data",
+            "write the image to a file and name it, or embed its bytes in a Parquet file",
+        )
     if "\0" in text:
         return ImageError(f"the image path {text!r} holds a NUL byte", "name an ordinary file")
     if "://" in text:
@@ -80,7 +90,10 @@ class ImageRef:
         error = path_error(self.name)
         if error is not None:
             raise error
-        full = (self.root / self.name).resolve()
+        try:
+            full = (self.root / self.name).resolve()
+        except (OSError, RuntimeError) as loop:  # RuntimeError: links in a circle
+            raise ImageError(f"image path {self.name!r} cannot be followed", "mend the link") from loop
         if not full.is_relative_to(self.root.resolve()):
             raise ImageError(
                 f"{self.name!r} is a link that leaves the folder of the data file",

@@ -68,7 +68,8 @@ def unknown_fields(given: Any, allowed: tuple[str, ...], where: str = "") -> Ite
         cure = f"did you mean {near[0]!r}?" if near else f"remove it, or choose from {', '.join(allowed)}"
         if not near and not where:
             cure += " (what is your own goes into meta)"
-        yield Problem(f"{where}.{name}" if where else str(name), "unknown field", cure)
+        shown = name if str(name).isidentifier() else repr(name)[:60]
+        yield Problem(f"{where}.{shown}" if where else shown, "unknown field", cure)
 
 
 def structure_problems(row: Any, confined: bool = True) -> list[Problem]:
@@ -175,7 +176,7 @@ def _messages(messages: Any) -> Iterator[Problem]:
             )
         yield from _content(message.get("content"), role, f"{where}.content")
         previous = role
-    if previous == "system":
+    if previous == "system" and len(messages) == 1:
         yield Problem("messages", "holds no message of the user", "add the user's message")
 
 
