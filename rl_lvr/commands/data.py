@@ -121,7 +121,8 @@ def _summary(report: Report) -> str:
         lines.append("categories: " + _some([f"{name} {n}" for name, n in report.categories.most_common()]))
     if report.sizes:
         lines.append("image sizes: " + _some([f"{w}x{h} ({n})" for (w, h), n in report.sizes.most_common()]))
-    lines.append("no findings" if report.ok else f"{report.total_findings} findings")
+    total = report.total_findings
+    lines.append("no findings" if report.ok else f"{total} finding{'s' if total > 1 else ''}")
     return "\n".join(lines)
 
 

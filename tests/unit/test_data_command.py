@@ -166,7 +166,7 @@ def test_check_prints_place_field_and_cure_and_exits_with_2(bad_file, capsys):
     assert lines[3].endswith("5 records, 5 bad, 0 images")
     assert lines[-1] == "5 findings"
     assert main(["data", "check", str(bad_file), "--limit", "1"]) == 2
-    assert capsys.readouterr().out.splitlines()[-1] == "1 findings"
+    assert capsys.readouterr().out.splitlines()[-1] == "1 finding"
 
 
 def test_check_as_json(bad_file, capsys):
