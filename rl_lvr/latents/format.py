@@ -100,7 +100,7 @@ class LatentFormat:
         return self.slots_of(self.k)
 
     def slots_of(self, k: int) -> int:
-        """SLOT tokens in a span of k latents. Under `before_start` START holds one: k = 0 and 1 are both an empty pair."""
+        """SLOT tokens in a span of k latents. `before_start`: START holds one, so k = 0 and 1 both have none."""
         if k < 0:
             raise ValueError(f"a span cannot hold {k} latents.")
         return max(k - 1, 0) if self.first == "before_start" else k
