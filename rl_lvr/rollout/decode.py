@@ -24,6 +24,7 @@ from rl_lvr.models import Family, Positions
 from rl_lvr.rollout import sampling as draws
 from rl_lvr.rollout.checks import starts_with_own
 from rl_lvr.rollout.feeding import VectorSource
+from rl_lvr.rollout.forward import batch_images
 from rl_lvr.rollout.spanstate import NOT_FORCED, SpanState
 from rl_lvr.rollout.stops import StopStrings
 from rl_lvr.rollout.types import Request, Rollout, Sampling, StopReason
@@ -276,7 +277,7 @@ class BatchDecoder:
             mask[row, width - len(prompt) :] = 1
         ids, self._mask = ids.to(parts.device), mask.to(parts.device)
         self._width = width
-        images = images_to(self._requests, parts)
+        images = batch_images(parts.family, parts.model, [request.images for request in self._requests])
         self._positions = parts.family.positions(parts.model, ids, self._mask[:, :width], images)
         self._decoded = 0
         latents = self._prompt_latents([width - len(prompt) for prompt in prompts])
@@ -369,14 +370,3 @@ class BatchDecoder:
         values = torch.cat([fed.values for fed in self._fed]).cpu()[mask]
         rows = [(index == row).nonzero()[:, 0] for row in range(count)]
         return [values[kept] for kept in rows], [positions[kept].tolist() for kept in rows]
-
-
-def images_to(requests: Sequence[Request], parts: Parts) -> dict[str, Tensor]:
-    """The image inputs of a batch, on the model's device and in its precision."""
-    present = [request.images for request in requests if request.images]
-    if not present:
-        return {}
-    return {
-        name: value.to(parts.device, parts.dtype) if value.is_floating_point() else value.to(parts.device)
-        for name, value in parts.family.join_images(present).items()
-    }

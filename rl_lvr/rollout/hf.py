@@ -5,8 +5,7 @@ Here are requests, checks, batches and the model's mode; the loop over tokens is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from rl_lvr.models import family_of
 from rl_lvr.progress import track
 from rl_lvr.rollout.checks import Limits, check_request, starts_with_own
 from rl_lvr.rollout.decode import BatchDecoder, Parts
+from rl_lvr.rollout.forward import evaluating
 from rl_lvr.rollout.stops import StopStrings
 from rl_lvr.rollout.types import Capability, Request, Rollout, Sampling, request_seeds
 
@@ -91,7 +91,7 @@ class HFRolloutEngine:
         seeds = request_seeds(requests, sampling)
         rollouts: dict[int, Rollout] = {}
         batches = self._batches(requests)
-        with _evaluating(self.model), torch.no_grad():
+        with evaluating(self.model), torch.no_grad():
             for batch in track(batches, "generate", unit="batch", visible=self.progress):
                 stops = StopStrings(self.tokenizer, sampling.stop, len(batch))
                 decoder = BatchDecoder(
@@ -128,15 +128,3 @@ def _eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     if not found:
         raise UserError("neither the generation config nor the tokenizer names an end-of-sequence token: set one.")
     return tuple(sorted(found))
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while. Each module gets back its own mode: a frozen tower may differ from the rest."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
