@@ -74,8 +74,7 @@ class TinySpec:
             raise UserError(f"tiny model: hidden / heads is {self.head_dim}; it must be a multiple of 8.")
         if self.tile % (self.patch * self.merge):
             raise UserError(
-                f"tiny model: image_size ({self.tile}) must be a multiple of "
-                f"patch x merge ({self.token_pixels})."
+                f"tiny model: image_size ({self.tile}) must be a multiple of patch x merge ({self.token_pixels})."
             )
 
     @property
@@ -302,9 +301,7 @@ def _internvl(spec: TinySpec, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTr
     return InternVLForConditionalGeneration(config), processor
 
 
-def _llava_onevision(
-    spec: TinySpec, tokenizer: PreTrainedTokenizerBase
-) -> tuple[PreTrainedModel, ProcessorMixin]:
+def _llava_onevision(spec: TinySpec, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedModel, ProcessorMixin]:
     from transformers import (
         LlavaOnevisionConfig,
         LlavaOnevisionForConditionalGeneration,

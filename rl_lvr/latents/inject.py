@@ -39,7 +39,7 @@ def inject(model: nn.Module, latents: LatentBatch, markers: FormatIds | None = N
     Gradients flow to `latents.values` if they require them. With `markers`, every position must hold a token that
     the format allows a latent at: this catches carriers that were shifted or shuffled against their token ids.
 
-    Raises RuntimeError if the forward never looked its tokens up (it was given `inputs_embeds`), or did so twice.
+    Raises RuntimeError if the forward never looked its tokens up (`inputs_embeds` was given), or did so twice.
     """
     calls = 0
 
@@ -59,7 +59,7 @@ def inject(model: nn.Module, latents: LatentBatch, markers: FormatIds | None = N
     if not calls:
         raise RuntimeError(
             "the latents were not fed: the forward pass never looked up its input embeddings. "
-            "Pass input_ids, not inputs_embeds."
+            "Pass input_ids, not inputs_embeds; and where torch.compile is used, compile the layers, not the whole model."
         )
 
 

@@ -1,0 +1,51 @@
+"""`rl-lvr VERB`: reads the verb, imports that verb's module, and turns the user's errors into one line.
+
+A verb lives in rl_lvr/commands/VERB.py. Heavy libraries are imported inside its `run`, so that help is instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from rl_lvr import __version__
+from rl_lvr.errors import UserError
+
+VERBS = ("sft", "generate", "data", "lab", "doctor")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs."""
+    parser = argparse.ArgumentParser(
+        prog="rl-lvr", description="Train, improve and examine models that reason in latents."
+    )
+    parser.add_argument("--version", action="version", version=f"rl-lvr {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name in VERBS:
+        module = importlib.import_module(f"rl_lvr.commands.{name}")
+        verb = verbs.add_parser(name, help=module.HELP, description=module.HELP)
+        module.configure(verb)
+        verb.set_defaults(run=module.run, pass_through=getattr(module, "PASS_THROUGH", False))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit code."""
+    parser = build_parser()
+    arguments, arguments.rest = parser.parse_known_args(argv)
+    if arguments.rest and not arguments.pass_through:
+        parser.error(f"unrecognized arguments: {' '.join(arguments.rest)}")
+    try:
+        return arguments.run(arguments)
+    except UserError as error:
+        print(f"rl-lvr: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("rl-lvr: interrupted.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

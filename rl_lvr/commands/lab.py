@@ -1,0 +1,114 @@
+"""`rl-lvr lab`: a tiny vision-language model from scratch, and experiments on it."""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "build a tiny model from scratch, measure it, and run the demo"
+FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """The verbs of the lab."""
+    verbs = parser.add_subparsers(dest="lab", metavar="EXPERIMENT", required=True)
+
+    build = verbs.add_parser("build", help="a tiny untrained model with its tokenizer and processor")
+    build.add_argument("--out", required=True, help="folder to write")
+    build.add_argument("--family", choices=FAMILIES, default="qwen2_5_vl")
+    build.add_argument("--grid", default="3x4", help="cells of the puzzles: their colours are words of the tokenizer")
+    build.add_argument("--layers", type=int, default=3, help="text layers")
+    build.add_argument("--hidden", type=int, default=128, help="width of the text model")
+    build.add_argument("--seed", type=int, default=0)
+
+    measure = verbs.add_parser("evaluate", help="accuracy of a checkpoint under interventions on its latents")
+    measure.add_argument("model", help="checkpoint folder")
+    measure.add_argument("--data", required=True, help="records with answers")
+    measure.add_argument("--conditions", default="own,zeros,noise,swap", help="interventions, separated by commas")
+    measure.add_argument("--format", help="latent format, for a checkpoint that was trained without one")
+    measure.add_argument("--limit", type=int, help="only the first records")
+    measure.add_argument("--batch", type=int, default=128, help="rows decoded together")
+    measure.add_argument("--max-tokens", type=int, default=64, help="longest completion")
+    measure.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    measure.add_argument("--seed", type=int, default=0)
+    measure.add_argument("--out", help="write the accuracies as JSON; every answer goes beside it as JSONL")
+
+    demo = verbs.add_parser("demo", help="a model whose latents carry the answer and one whose latents are idle")
+    demo.add_argument("--out", default="runs/demo", help="folder of models, tables and the picture")
+    demo.add_argument("--seeds", type=int, default=1, help="how many models of each kind")
+    demo.add_argument("--family", choices=FAMILIES, default="qwen2_5_vl")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run one experiment."""
+    return {"build": _build, "evaluate": _evaluate, "demo": _demo}[arguments.lab](arguments)
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    from rl_lvr.lab.models import build_lab_model
+
+    folder = build_lab_model(
+        arguments.out,
+        family=arguments.family,
+        grid=arguments.grid,
+        layers=arguments.layers,
+        hidden=arguments.hidden,
+        seed=arguments.seed,
+    )
+    print(folder)
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    import json
+    from pathlib import Path
+
+    from rl_lvr.errors import UserError
+    from rl_lvr.latents.interventions import Intervention
+
+    names = {c.value for c in Intervention}
+    conditions = []
+    for name in arguments.conditions.split(","):
+        if name not in names:
+            raise UserError(f"no condition {name!r}; choose from {', '.join(sorted(names))}.")
+        conditions.append(Intervention(name))
+    out = Path(arguments.out) if arguments.out else None
+    if out is not None and not out.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}.")
+
+    from rl_lvr.evaluation.evaluate import evaluate
+    from rl_lvr.rollout.types import Sampling
+
+    found = evaluate(
+        arguments.model,
+        arguments.data,
+        conditions,
+        format_name=arguments.format,
+        limit=arguments.limit,
+        batch_size=arguments.batch,
+        sampling=Sampling(max_tokens=arguments.max_tokens, temperature=arguments.temperature, seed=arguments.seed),
+    )
+    summary = found.summary()
+    if out is not None:
+        with out.with_suffix(".jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in found.rows())
+        out.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    for name in conditions:
+        print(f"{name.value:14} {summary[name.value]:.4f}")
+    print(f"{'records':14} {summary['n']}")
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from rl_lvr.errors import UserError
+    from rl_lvr.lab.demo import DemoConfig, run_demo
+    from rl_lvr.lab.picture import table
+
+    if arguments.seeds < 1:
+        raise UserError(f"--seeds is {arguments.seeds}; it must be at least 1.")
+    out = Path(arguments.out)
+    summary = run_demo(out, arguments.seeds, DemoConfig(family=arguments.family))
+    print(table(summary))
+    print(f"{out / 'summary.json'}\n{out / 'demo.png'}")
+    return 0

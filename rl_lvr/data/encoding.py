@@ -1,0 +1,291 @@
+"""Records -> token ids, labels, image inputs and target places: what a training step needs, computed once.
+
+Everything that does not depend on the weights happens here. Oracle vectors depend on them and are taken in the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from rl_lvr.data.records import LatentTarget, Record
+from rl_lvr.data.schema import LATENT
+from rl_lvr.errors import UserError
+from rl_lvr.latents.format import FormatIds
+from rl_lvr.latents.spans import SpanStatus, find_spans, span_masks
+from rl_lvr.models import Family
+from rl_lvr.models.oracle import WHOLE, crop, latent_groups
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class SpanTarget:
+    """Where the target vectors of one span come from: groups of image tokens, averaged to one vector each."""
+
+    positions: tuple[int, ...]
+    """k positions of latents in the row."""
+    image: int
+    """Which of the row's target images: the prompt's images first, then the record's auxiliary images."""
+    groups: tuple[tuple[int, ...], ...]
+    """k groups of token indices within that image's features."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One record as numbers."""
+
+    input_ids: Tensor
+    """[T] int64"""
+    labels: Tensor
+    """[T] int64, -100 where there is no loss: prompt, forced tokens, padding."""
+    images: dict[str, Tensor]
+    """The processor's image inputs of this record's prompt; empty without images."""
+    prompt_length: int
+    targets: tuple[SpanTarget, ...] = ()
+    target_images: dict[str, Tensor] | None = None
+    """Image inputs of auxiliary target images, which do not enter the prompt."""
+
+
+class Encoder:
+    """Turns records into `Encoded`, for one processor, family and format.
+
+    `markers` None trains without latents: `<latent>` is taken out of the text. This is the twin of a latent run.
+    `crops` takes the targets of boxes from crops of their own instead of the image's tokens under the box.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        family: Family,
+        model: torch.nn.Module,
+        markers: FormatIds | None,
+        *,
+        crops: bool = False,
+    ) -> None:
+        self.processor = processor
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.family = family
+        self.model = model
+        self.markers = markers
+        self.crops = crops
+
+    def encode(self, records: Sequence[Record]) -> list[Encoded]:
+        """Several records at once: the image processor works on all their images in one call."""
+        texts = [self._texts(record) for record in records]
+        images = [record.open_images() for record in records]
+        prompts = self._process([prompt for prompt, _ in texts], images)
+        encoded = []
+        for record, (_, completion), (ids, inputs) in zip(records, texts, prompts, strict=True):
+            encoded.append(self._one(record, ids, completion, inputs))
+        return encoded
+
+    def prompts(self, records: Sequence[Record]) -> list[tuple[list[int], dict[str, Tensor]]]:
+        """Prompt ids with image placeholders expanded, and image inputs: what an engine's request holds."""
+        return self._process([self._texts(r)[0] for r in records], [r.open_images() for r in records])
+
+    # ---- text
+
+    def _texts(self, record: Record) -> tuple[str, str]:
+        """Prompt and completion as the chat template writes them, spans expanded."""
+        spans = iter(self._span_texts(record))
+        messages = [
+            {
+                "role": m["role"],
+                "content": [
+                    p if p["type"] != "text" else {"type": "text", "text": self._expand(p["text"], m["role"], spans)}
+                    for p in m["content"]
+                ],
+            }
+            for m in record.messages
+        ]
+        count = len(record.prompt_messages)
+        prompt = self.processor.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=True)
+        if record.is_prompt_only:
+            return prompt, ""
+        whole = self.processor.apply_chat_template(messages, tokenize=False)
+        if not whole.startswith(prompt):
+            raise UserError(
+                f"record {record.id!r}: the chat template rewrites the prompt once an answer follows "
+                "(often because it drops earlier thinking); use a template whose prompt is a prefix of the whole."
+            )
+        return prompt, whole[len(prompt) :]
+
+    def _span_texts(self, record: Record) -> Iterator[str]:
+        if self.markers is None:
+            return
+        targets = record.targets
+        for index in range(record.spans):
+            yield self.markers.format.text(self._k(record, targets[index]) if targets else None)
+
+    def _expand(self, text: str, role: str, spans: Iterator[str]) -> str:
+        if role != "assistant" or LATENT not in text:
+            return text
+        pieces = text.split(LATENT)
+        if self.markers is None:
+            return "".join(pieces)
+        return "".join(piece + next(spans) for piece in pieces[:-1]) + pieces[-1]
+
+    def _k(self, record: Record, target: LatentTarget) -> int:
+        """Latents of a span: k of the format; in `free` length as many as there are targets, if there are several."""
+        assert self.markers is not None
+        k, count = self.markers.format.k, max(len(target.boxes), len(target.aux_images))
+        if self.markers.format.length == "free" and 1 < count <= k:
+            return count
+        if count and k % count:
+            raise UserError(
+                f"record {record.id!r}: a span of {k} latents cannot share {count} targets evenly; "
+                f"set latent_k to a multiple of {count}, or give one target per span."
+            )
+        return k
+
+    # ---- numbers
+
+    def _process(self, texts: list[str], images: list[list[Image.Image]]) -> list[tuple[list[int], dict[str, Tensor]]]:
+        counts = [len(row) for row in images]
+        if not any(counts):
+            return [(ids, {}) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        if not all(counts):  # processors want an image in every row, or in none
+            return [self._process([t], [i])[0] for t, i in zip(texts, images, strict=True)]
+        batch = self.processor(text=texts, images=images, add_special_tokens=False)
+        pixels = {key: torch.as_tensor(np.asarray(batch[key])) for key in self.family.image_keys if key in batch}
+        return list(zip(batch["input_ids"], self.family.split_images(pixels, counts), strict=True))
+
+    def _one(self, record: Record, prompt: list[int], completion: str, images: dict[str, Tensor]) -> Encoded:
+        answer = self.tokenizer(completion, add_special_tokens=False)["input_ids"] if completion else []
+        ids = torch.tensor([*prompt, *answer])
+        labels = ids.clone()
+        labels[: len(prompt)] = IGNORED
+        if self.markers is None:
+            return Encoded(ids, labels, images, len(prompt))
+        labels[span_masks(ids[None], self.markers).forced[0]] = IGNORED
+        targets, extra = self._targets(record, ids, images)
+        return Encoded(ids, labels, images, len(prompt), targets, extra)
+
+    def _targets(
+        self, record: Record, ids: Tensor, images: dict[str, Tensor]
+    ) -> tuple[tuple[SpanTarget, ...], dict[str, Tensor] | None]:
+        assert self.markers is not None
+        row = find_spans(ids.numpy(), self.markers)
+        if row.stray or any(span.status is not SpanStatus.CLOSED for span in row.spans):
+            raise UserError(
+                f"record {record.id!r}: marker tokens of latent format {self.markers.format.name!r} stand in its text "
+                f"and do not form whole spans; write {LATENT} where a span belongs."
+            )
+        targets = record.targets
+        if not targets:
+            return (), None
+        places = [tuple(span.latent_positions(self.markers.format.first)) for span in row.spans]
+        grids = self.family.token_grid(self.model, images) if images else []
+        extra: list[Image.Image] = []
+        # Token groups of extra images are known only once all of them are processed.
+        pending: list[tuple[tuple[int, ...], list[int]]] = []
+        found: list[SpanTarget | None] = []
+        for target, positions in zip(targets, places, strict=True):
+            if target.boxes and not self.crops:
+                image = target.image or 0
+                groups = latent_groups(grids[image], target.boxes, len(positions))
+                found.append(SpanTarget(positions, image, groups))
+                continue
+            pictures = self._pictures(record, target)
+            share = len(positions) // len(pictures)
+            for i in range(len(pictures)):
+                pending.append((positions[i * share : (i + 1) * share], [len(extra) + i]))
+            extra += pictures
+            found.append(None)
+        if not extra:
+            return tuple(t for t in found if t is not None), None
+        inputs = self._extra_inputs(extra)
+        extra_grids = self.family.token_grid(self.model, inputs)
+        more = [
+            SpanTarget(positions, len(record.images) + i, latent_groups(extra_grids[i], [WHOLE], len(positions)))
+            for positions, (i,) in pending
+        ]
+        return tuple([t for t in found if t is not None] + more), inputs
+
+    def _pictures(self, record: Record, target: LatentTarget) -> list[Image.Image]:
+        if target.aux_images:
+            return [image.open() for image in target.aux_images]
+        image = record.images[target.image or 0].open()
+        return [crop(image, box) for box in target.boxes]
+
+    def _extra_inputs(self, pictures: list[Image.Image]) -> dict[str, Tensor]:
+        return self.family.image_inputs(self.processor.image_processor(images=pictures, return_tensors="pt"))
+
+
+@dataclass(frozen=True)
+class TargetBatch:
+    """The target places of a batch, flat over all latents that have a target. L of them."""
+
+    rows: Tensor
+    """[L] batch row"""
+    positions: Tensor
+    """[L] position in the padded row"""
+    images: Tensor
+    """[L] index into the features of the batch's prompt images, then its auxiliary images"""
+    tokens: Tensor
+    """[L, G] token indices within that image, -1 behind the last"""
+    aux_images: dict[str, Tensor]
+    """Image inputs of the auxiliary images of all rows."""
+
+    def to(self, device: torch.device) -> TargetBatch:
+        aux = {key: value.to(device) for key, value in self.aux_images.items()}
+        moved = (t.to(device) for t in (self.rows, self.positions, self.images, self.tokens))
+        return TargetBatch(*moved, aux)
+
+
+class Collator:
+    """Pads encoded records on the right into one batch.
+
+    It stands in for TRL's `DataCollatorForVisionLanguageModeling`, which runs the image processor in every step and
+    has no place for targets. The examples that it gets are row numbers: TRL asks for a `datasets.Dataset`, whose
+    image columns it would process itself.
+    """
+
+    def __init__(self, encoded: Sequence[Encoded], family: Family, pad_id: int) -> None:
+        self.encoded = encoded
+        self.family = family
+        self.pad_id = pad_id
+
+    def __call__(self, examples: list[dict[str, int]]) -> dict[str, Any]:
+        rows = [self.encoded[example["index"]] for example in examples]
+        width = max(len(row.input_ids) for row in rows)
+        ids = torch.full((len(rows), width), self.pad_id)
+        labels = torch.full((len(rows), width), IGNORED)
+        mask = torch.zeros((len(rows), width), dtype=torch.long)
+        for b, row in enumerate(rows):
+            n = len(row.input_ids)
+            ids[b, :n], labels[b, :n], mask[b, :n] = row.input_ids, row.labels, 1
+        batch: dict[str, Any] = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+        batch |= self.family.join_images([row.images for row in rows if row.images])
+        batch["targets"] = self._targets(rows)
+        return batch
+
+    def _targets(self, rows: list[Encoded]) -> TargetBatch:
+        main = [self.family.count_images(row.images) for row in rows]
+        aux = [self.family.count_images(row.target_images or {}) for row in rows]
+        first_main = np.cumsum([0, *main])
+        first_aux = sum(main) + np.cumsum([0, *aux])
+        where: list[int] = []
+        positions: list[int] = []
+        images: list[int] = []
+        groups: list[tuple[int, ...]] = []
+        for b, row in enumerate(rows):
+            for target in row.targets:
+                own = target.image < main[b]
+                image = first_main[b] + target.image if own else first_aux[b] + target.image - main[b]
+                where += [b] * len(target.positions)
+                positions += target.positions
+                images += [int(image)] * len(target.positions)
+                groups += target.groups
+        tokens = torch.full((len(groups), max(map(len, groups), default=0)), -1)
+        for i, group in enumerate(groups):
+            tokens[i, : len(group)] = torch.tensor(group)
+        extra = self.family.join_images([row.target_images for row in rows if row.target_images])
+        return TargetBatch(torch.tensor(where), torch.tensor(positions), torch.tensor(images), tokens, extra)

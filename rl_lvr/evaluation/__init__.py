@@ -1,0 +1,1 @@
+"""Answer matching, and accuracy under interventions."""

@@ -1,0 +1,93 @@
+"""Accuracy under interventions: the same prompts answered with own, oracle, noise, ... latents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rl_lvr.data.encoding import Collator, Encoded
+from rl_lvr.data.targets import target_vectors
+from rl_lvr.evaluation.matching import matches
+from rl_lvr.latents.interventions import Intervention
+from rl_lvr.models import Family
+from rl_lvr.rollout.conditions import run_condition
+from rl_lvr.rollout.types import Request, Rollout, RolloutEngine, Sampling
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One condition's answers."""
+
+    rollouts: list[Rollout]
+    texts: list[str]
+    right: list[bool]
+
+    @property
+    def accuracy(self) -> float:
+        return sum(self.right) / len(self.right)
+
+
+class AnswerSet:
+    """Prompts with known answers, ready to be answered again and again."""
+
+    def __init__(
+        self,
+        encoded: Sequence[Encoded],
+        answers: Sequence[str],
+        family: Family,
+        tokenizer,
+        batch_size: int = 64,
+    ) -> None:
+        self.encoded = encoded
+        self.answers = list(answers)
+        self.family = family
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.requests = [Request(prompt_ids=e.input_ids[: e.prompt_length].tolist(), images=e.images) for e in encoded]
+
+    def __len__(self) -> int:
+        return len(self.answers)
+
+    def oracles(self, model: nn.Module) -> list[Tensor]:
+        """The target vectors [k, H] of each record's completion, in order of position."""
+        device = model.get_input_embeddings().weight.device
+        collate = Collator(self.encoded, self.family, 0)
+        found: list[Tensor] = []
+        for start in range(0, len(self), self.batch_size):
+            rows = range(start, min(start + self.batch_size, len(self)))
+            batch = collate([{"index": i} for i in rows])
+            targets = batch["targets"].to(device)
+            images = {key: batch[key].to(device) for key in self.family.image_keys if key in batch}
+            vectors, _ = target_vectors(self.family, model, images, targets)
+            for row, index in enumerate(rows):
+                mine = (targets.rows == row) & (targets.positions >= self.encoded[index].prompt_length)
+                order = targets.positions[mine].argsort()
+                found.append(vectors[mine][order].cpu())
+        return found
+
+    def score(self, rollouts: list[Rollout]) -> Scored:
+        """Texts without special tokens, and whether each gives the record's answer."""
+        texts = [self.tokenizer.decode(r.completion_ids, skip_special_tokens=True).strip() for r in rollouts]
+        return Scored(rollouts, texts, [matches(t, a) for t, a in zip(texts, self.answers, strict=True)])
+
+    @torch.no_grad()
+    def answer(
+        self, engine: RolloutEngine, model: nn.Module, conditions: Sequence[Intervention], sampling: Sampling
+    ) -> dict[str, Scored]:
+        """Every condition on every prompt. Own latents are made once and serve the conditions built from them."""
+        own = run_condition(engine, self.requests, sampling, Intervention.OWN)
+        oracles = self.oracles(model) if Intervention.ORACLE in conditions else None
+        scored = {}
+        for condition in conditions:
+            rollouts = (
+                own
+                if condition is Intervention.OWN
+                else run_condition(
+                    engine, self.requests, sampling, condition, oracles=oracles, answers=self.answers, own=own
+                )
+            )
+            scored[condition.value] = self.score(rollouts)
+        return scored

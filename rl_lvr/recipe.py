@@ -1,0 +1,114 @@
+"""A YAML recipe plus flags that override it, as TRL's command line does it; wrong keys are refused with a hint.
+
+Recipe keys are the fields of the config dataclasses. The recipe is turned into flags and parsed together with the
+ones from the command line, so types and choices are checked in one place and a later flag wins.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from trl import TrlParser
+
+from rl_lvr.errors import UserError
+
+
+class _Parser(TrlParser):
+    """TRL's parser whose errors are one line instead of a page of usage and `sys.exit`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}.")
+
+
+def parse_recipe(dataclass_types: Sequence[type], argv: Sequence[str]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Instances of the dataclasses, and the merged settings that were given explicitly, for the run's record.
+
+    `argv` may hold `--config FILE`; the remaining flags override the file.
+    """
+    argv = list(argv)
+    recipe: dict[str, Any] = {}
+    where = ""
+    if "--config" in argv:
+        at = argv.index("--config")
+        if at + 1 == len(argv):
+            raise UserError("--config needs the path of a recipe.")
+        where = argv[at + 1]
+        recipe = read_recipe(where)
+        del argv[at : at + 2]
+    known = {f.name: f for cls in dataclass_types for f in dataclasses.fields(cls) if f.init}
+    for key in recipe:
+        _check_name(key, known, f"recipe {where}: unknown key")
+    for flag in argv:
+        if flag.startswith("--"):
+            _check_name(flag[2:].partition("=")[0], known, "unknown flag")
+
+    parser = _Parser(dataclass_types=list(dataclass_types), allow_abbrev=False)
+    flags, nulls = _as_flags(recipe)
+    parser.set_defaults(**dict.fromkeys(nulls))
+    try:
+        parsed = parser.parse_args_into_dataclasses(args=[*flags, *argv], look_for_args_file=False)
+    except (ValueError, TypeError) as error:
+        # A dataclass's own checks: transformers and TRL raise these with a sentence for the user.
+        raise UserError(f"{where or 'flags'}: {' '.join(str(error).split())}") from error
+    return parsed, {**recipe, **_overrides(argv)}
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file."""
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"no recipe at {path}.")
+    try:
+        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path} is no valid YAML: {' '.join(str(error).split())}") from error
+    if recipe is None:
+        return {}
+    if not isinstance(recipe, dict) or not all(isinstance(key, str) for key in recipe):
+        raise UserError(f"recipe {path} must be a YAML mapping of names to values.")
+    return recipe
+
+
+def _check_name(key: str, known: dict[str, Any], what: str) -> None:
+    name = key.replace("-", "_")
+    if name in known or (name.startswith("no_") and name[3:] in known):
+        return
+    near = difflib.get_close_matches(name, known, n=1)
+    raise UserError(f"{what} {key!r}{f'; did you mean {near[0]!r}?' if near else ''}")
+
+
+def _as_flags(recipe: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """The recipe as command-line flags; keys set to null have no flag and come back by name."""
+    flags: list[str] = []
+    nulls: list[str] = []
+    for key, value in recipe.items():
+        if value is None:
+            nulls.append(key)
+        elif isinstance(value, list):
+            flags += [f"--{key}", *(str(v) for v in value)]
+        elif isinstance(value, dict):
+            flags += [f"--{key}", json.dumps(value)]
+        else:
+            flags.append(f"--{key}={value}")
+    return flags, nulls
+
+
+def _overrides(argv: list[str]) -> dict[str, str]:
+    """Flags of the command line by name, for the record of a run."""
+    found: dict[str, str] = {}
+    for i, flag in enumerate(argv):
+        if flag.startswith("--"):
+            name, given, value = flag[2:].partition("=")
+            values = [value] if given else []
+            for more in argv[i + 1 :]:
+                if more.startswith("--"):
+                    break
+                values.append(more)
+            found[name.replace("-", "_")] = " ".join(values) or "true"
+    return found

@@ -1,0 +1,1 @@
+"""Trainers: subclasses of TRL's, with latents."""

@@ -1,0 +1,182 @@
+"""What a run writes and hears: metrics.jsonl, progress, early stopping, Ctrl-C, accuracy under interventions."""
+
+from __future__ import annotations
+
+import json
+import operator
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, ClassVar
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from rl_lvr import progress
+from rl_lvr.errors import UserError
+from rl_lvr.evaluation.accuracy import AnswerSet
+from rl_lvr.latents.interventions import Intervention
+from rl_lvr.rollout.types import RolloutEngine, Sampling
+from rl_lvr.training.config import LatentSFTConfig
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every logged row to `metrics.jsonl`; a resumed run drops the rows after its checkpoint first."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.began = time.monotonic()
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero and self.path.is_file():
+            rows = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+            kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= state.global_step]
+            self.path.write_text("".join(kept), encoding="utf-8")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        if state.is_world_process_zero and logs:
+            row = {"step": state.global_step, **logs, "seconds": round(time.monotonic() - self.began, 3)}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+class Progress(TrainerCallback):
+    """One bar for the run, with the latest figures; plain lines where the output is no terminal."""
+
+    SHOWN = ("loss", "mean_token_accuracy", "latent/nmse", "latent/accuracy_own", "learning_rate")
+
+    def __init__(self, description: str) -> None:
+        self.description = description
+        self.task: Any = None
+        self.bar: Any = None
+        self.figures: dict[str, Any] = {}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self.task = progress.task(self.description, total=state.max_steps, unit="steps")
+            self.bar = self.task.__enter__()
+            self.bar.advance(state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.advance(1, **self.figures)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        for key in self.SHOWN:
+            if logs and key in logs:
+                self.figures[key.rpartition("/")[2]] = logs[key]
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar down; also called when training ends by an error."""
+        if self.task is not None:
+            self.task.__exit__(None, None, None)
+            self.task = self.bar = None
+
+
+class StopAt(TrainerCallback):
+    """Ends training once a logged metric passes a bound: ``mean_token_accuracy>0.99``."""
+
+    COMPARE: ClassVar = {">": operator.gt, "<": operator.lt, ">=": operator.ge, "<=": operator.le}
+
+    def __init__(self, rule: str) -> None:
+        found = re.fullmatch(r"\s*([\w/]+)\s*(>=|<=|>|<)\s*([-+.\deE]+)\s*", rule)
+        if found is None:
+            raise UserError(f"stop_at is {rule!r}; write a metric, a comparison and a number: loss<0.01.")
+        self.metric = found[1]
+        self.passes: Callable[[float, float], bool] = self.COMPARE[found[2]]
+        try:
+            self.bound = float(found[3])
+        except ValueError as error:
+            raise UserError(f"stop_at is {rule!r}: {found[3]!r} is no number.") from error
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        value = (logs or {}).get(self.metric)
+        if value is not None and self.passes(value, self.bound):
+            control.should_training_stop = True
+
+
+class Interrupt(TrainerCallback):
+    """The first Ctrl-C or SIGTERM ends the run after the current step, with a checkpoint; a second one at once.
+
+    A signal in the middle of a step would leave half-updated parameters; so it is only noted, and acted on between
+    steps.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+        print("stopping after this step, with a checkpoint; once more to stop at once", file=sys.stderr)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.received is not None:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Give the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+
+class LatentAccuracy(TrainerCallback):
+    """Answers eval records under interventions every so many steps and logs `latent/accuracy_<condition>`.
+
+    Every process answers the same records: under ZeRO-3 each forward pass needs all of them.
+    """
+
+    def __init__(self, answers: AnswerSet, engine: RolloutEngine, args: LatentSFTConfig) -> None:
+        self.answers = answers
+        self.engine = engine
+        self.conditions = [Intervention(name) for name in args.latent_eval_conditions]
+        self.sampling = Sampling(max_tokens=args.latent_eval_max_tokens, temperature=0.0, seed=args.seed)
+        self.trainer: Any = None  # set once the trainer exists: only it may log
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step % args.latent_eval_steps and state.global_step < state.max_steps:
+            return
+        scored = self.answers.answer(self.engine, self.trainer.model, self.conditions, self.sampling)
+        logs = {f"latent/accuracy_{name}": result.accuracy for name, result in scored.items()}
+        own = scored.get(Intervention.OWN.value)
+        if own is not None:
+            logs["latent/rate"] = sum(bool(len(r.latents)) for r in own.rollouts) / len(own.rollouts)
+        self.trainer.log(logs)

