@@ -152,9 +152,7 @@ class Family(ABC):
         images = self.image_inputs(images)
         return len(self.rows_per_image(images)[next(iter(images))]) if images else 0
 
-    def split_images(
-        self, images: Mapping[str, Any], images_per_row: Sequence[int]
-    ) -> list[dict[str, Tensor]]:
+    def split_images(self, images: Mapping[str, Any], images_per_row: Sequence[int]) -> list[dict[str, Tensor]]:
         """Image inputs of a batch -> those of each row; {} for a row without images."""
         images = self.image_inputs(images)
         self._check_count(images, images_per_row)
@@ -166,8 +164,7 @@ class Family(ABC):
             sizes = [sum(rows[a:b]) for a, b in itertools.pairwise(ends)]
             pieces[key] = images[key].split(sizes)
         return [
-            {key: piece[i] for key, piece in pieces.items()} if count else {}
-            for i, count in enumerate(images_per_row)
+            {key: piece[i] for key, piece in pieces.items()} if count else {} for i, count in enumerate(images_per_row)
         ]
 
     def join_images(self, rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

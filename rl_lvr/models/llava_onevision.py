@@ -47,9 +47,7 @@ class LlavaOnevision(Family):
         ones = [1] * len(images["image_sizes"])
         return {"pixel_values": ones, "image_sizes": ones}
 
-    def split_images(
-        self, images: Mapping[str, Any], images_per_row: Sequence[int]
-    ) -> list[dict[str, Tensor]]:
+    def split_images(self, images: Mapping[str, Any], images_per_row: Sequence[int]) -> list[dict[str, Tensor]]:
         images = self.image_inputs(images)
         rows = super().split_images(images, images_per_row)
         groups = iter(images["batch_num_images"].tolist() if images else [])
@@ -64,7 +62,7 @@ class LlavaOnevision(Family):
         return rows
 
     def join_images(self, rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Rows from different batches may be padded to different numbers of tiles; the forward drops padding."""
+        """Rows from different batches may be padded to different numbers of tiles."""
         rows = [row for row in rows if row]
         tiles = max((row["pixel_values"].shape[1] for row in rows), default=0)
         padded = []

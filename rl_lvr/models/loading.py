@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rl_lvr.errors import UserError
-from rl_lvr.models.registry import family_of
+from rl_lvr.models.registry import family_class
+
+INDEX = "model.safetensors.index.json"
 
 
 def load_model(
@@ -24,16 +27,11 @@ def load_model(
     `more` goes to `from_pretrained`. `device` None leaves the model where transformers puts it, which is what
     DeepSpeed ZeRO-3 needs. The model is in evaluation mode.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText, AutoProcessor
 
     folder = checkpoint_folder(path)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    family_of(config)  # refuse an unknown family before gigabytes are read
-    if not any(folder.glob("*.safetensors")):
-        raise UserError(
-            f"{folder} holds no *.safetensors: the weights are missing, or in a format that can run code; "
-            "save the model with save_pretrained."
-        )
+    family_class(_model_type(folder))  # refuse an unknown family before gigabytes are read
+    _check_weights(folder)
     if not (folder / "tokenizer_config.json").is_file() or not any(
         (folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")
     ):
@@ -41,20 +39,25 @@ def load_model(
             f"{folder} holds no processor (tokenizer_config.json and processor_config.json): "
             "save the base model's processor into it with save_pretrained."
         )
-    processor = AutoProcessor.from_pretrained(
-        folder, trust_remote_code=trust_remote_code, local_files_only=True
-    )
-    model = AutoModelForImageTextToText.from_pretrained(
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    model_class: Any = AutoModelForImageTextToText
+    model, loaded = model_class.from_pretrained(
         folder,
-        config=config,
         dtype=dtype,
         use_safetensors=True,
         trust_remote_code=trust_remote_code,
         local_files_only=True,
+        output_loading_info=True,
         **more,
     )
+    if loaded["missing_keys"]:  # transformers fills them with random numbers and a warning
+        missing = sorted(loaded["missing_keys"])
+        raise UserError(
+            f"the weights in {folder} lack {len(missing)} of the model's parameters, such as {missing[0]}: "
+            "the checkpoint is incomplete or belongs to another model class."
+        )
     if device is not None:
-        model = model.to(device)  # type: ignore[arg-type]
+        model = model.to(device)
     return model.eval(), processor
 
 
@@ -76,6 +79,45 @@ def checkpoint_folder(path: str | Path) -> Path:
             raise UserError(f"there is no model folder {str(path)!r}: check the path.") from None
     if not folder.is_dir():
         raise UserError(f"there is no model folder {str(path)!r}: check the path.")
+    return folder
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no valid JSON ({error}): fetch or save the model again.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no JSON object: fetch or save the model again.")
+    return values
+
+
+def _model_type(folder: Path) -> str:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is no model folder: it holds no config.json.")
-    return folder
+    model_type = _json(folder / "config.json").get("model_type")
+    if not isinstance(model_type, str):
+        raise UserError(f"{folder / 'config.json'} names no model_type: it is no transformers model.")
+    return model_type
+
+
+def _check_weights(folder: Path) -> None:
+    """Every shard is there and whole, as far as its header tells; this reads no weights."""
+    from safetensors import SafetensorError, safe_open
+
+    if (folder / INDEX).is_file():
+        names = sorted(set(_json(folder / INDEX).get("weight_map", {}).values()))
+    else:
+        names = ["model.safetensors"]
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing or not names:
+        raise UserError(
+            f"{folder} holds no {', '.join(missing) or 'weights'}: they are missing, or in a format that "
+            "can run code when it is read; fetch them again, or save the model with save_pretrained."
+        )
+    for name in names:
+        try:
+            with safe_open(folder / name, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise UserError(f"{folder / name} is damaged or cut short ({error}): fetch or save it again.") from error

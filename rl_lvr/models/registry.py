@@ -64,9 +64,14 @@ def register_family(family: AnyFamily) -> AnyFamily:
 def family_of(model_or_config: Any) -> Family:
     """The family of a model (wrapped or not) or of a config, bound to its config."""
     config = unwrap(model_or_config).config if isinstance(model_or_config, nn.Module) else model_or_config
-    if config.model_type not in _FAMILIES:
-        raise UnsupportedFamily(config.model_type)
-    return _FAMILIES[config.model_type](config)
+    return family_class(config.model_type)(config)
+
+
+def family_class(model_type: str) -> type[Family]:
+    """The adapter of a `config.model_type`; raises UnsupportedFamily."""
+    if model_type not in _FAMILIES:
+        raise UnsupportedFamily(model_type)
+    return _FAMILIES[model_type]
 
 
 for _family in (Qwen2_5VL, Qwen3VL, InternVL, LlavaOnevision):

@@ -54,7 +54,7 @@ def test_image_features_are_what_the_text_model_receives(tiny):
 
 @torch.no_grad()
 def test_token_grid_is_row_major_over_the_whole_image(tiny, monkeypatch):
-    """With attention switched off, a token depends on its own pixels alone: paint one and see which token moves."""
+    """Without attention a token depends on its own pixels alone: paint one cell, see which token moves."""
     model, processor = tiny
     family = family_of(model)
     projections = [
@@ -109,7 +109,7 @@ def test_prefill_positions_give_each_row_what_it_has_alone(tiny, side):
 
 @torch.no_grad()
 def test_prefill_positions_agree_with_the_models_own(tiny):
-    """Right-padded, which transformers computes correctly by itself when it is given everything it asks for."""
+    """Right-padded: transformers itself is right there, if it is given everything it asks for."""
     model, processor = tiny
     family = family_of(model)
     batch = make_batch(processor, MIXED_ROWS, padding_side="right")
@@ -164,9 +164,7 @@ def test_decoding_step_by_step_equals_the_full_forward(tiny, side):
     assert torch.equal(positions.decode(3), full.prefill[..., -1:])
     assert torch.equal(full.first_free, positions.first_free + extra.shape[1])
     # Negative control: off by ten positions is seen.
-    out = hidden_states(
-        family, model, whole, full.prefill + 10 * (torch.arange(mask.shape[1]) >= mask.shape[1] - 4)
-    )
+    out = hidden_states(family, model, whole, full.prefill + 10 * (torch.arange(mask.shape[1]) >= mask.shape[1] - 4))
     assert (out[:, -4:] - expected).abs().max() > 1e-2
 
 
@@ -234,6 +232,15 @@ def test_rows_of_other_batches_join(tiny):
     parts = [family.split_images(make_batch(processor, [row]), [len(row[0])])[0] for row in MIXED_ROWS]
     joined = family.image_features(model, family.join_images(parts))
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(whole, joined, strict=True))
+
+
+def test_the_whole_model_takes_joined_images_and_labels(tiny):
+    model, processor = tiny
+    family = family_of(model)
+    batch = make_batch(processor, MIXED_ROWS)
+    expected = model(**batch, labels=batch["input_ids"]).loss
+    batch |= family.join_images(family.split_images(batch, [1, 0, 2]))
+    assert torch.equal(model(**batch, labels=batch["input_ids"]).loss, expected)
 
 
 def test_a_count_that_does_not_fit_is_refused(tiny):
