@@ -113,8 +113,8 @@ def derangement(answers: Sequence[Hashable], seed: int) -> list[int]:
     answer, most = counts.most_common(1)[0]
     if 2 * most > len(answers):
         raise UserError(
-            f"swap: {most} of {len(answers)} requests with latents have the answer {answer!r}, more than half, so not every "
-            "donor can have another answer: give a more balanced set of requests."
+            f"swap: {most} of {len(answers)} requests with latents have the answer {answer!r}, more than half, so not "
+            "every donor can have another answer: give a more balanced set of requests."
         )
     shuffle = random.Random(seed).shuffle
     groups = list(counts)
