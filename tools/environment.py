@@ -42,9 +42,7 @@ def load(environment: Environment) -> None:
     if not environment.folder.exists() or not any(environment.folder.iterdir()):
         return
     if not environment.record.exists():
-        raise SetupError(
-            f"{environment.folder} was not made by this set-up: move or delete it, then run make again."
-        )
+        raise SetupError(f"{environment.folder} was not made by this set-up: move or delete it, then run make again.")
     try:
         content = json.loads(environment.record.read_text())
         environment.done, environment.running = dict(content["done"]), content["running"]
@@ -76,6 +74,8 @@ def half_installed(site_packages: Path) -> str | None:
         with record.open(newline="") as stream:
             for name, _, size in csv.reader(stream):
                 path = site_packages / name
+                if name.endswith(".pyc"):
+                    continue  # Python may have written it again
                 if size and (not path.exists() or path.stat().st_size != int(size)):
                     return package.name
     return None
@@ -98,9 +98,7 @@ def forget_what_is_stale(environment: Environment, wanted: dict[str, str]) -> No
         discard(environment.folder)
         environment.done, environment.running = {}, None
         return
-    environment.done = {
-        name: digest for name, digest in environment.done.items() if wanted.get(name) == digest
-    }
+    environment.done = {name: digest for name, digest in environment.done.items() if wanted.get(name) == digest}
     environment.running = None
 
 
@@ -178,9 +176,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="make setup", description="Create or refresh the virtual environment of rl-lvr."
     )
-    parser.add_argument(
-        "--venv", type=Path, default=ROOT / ".venv", help="the folder to create (default: .venv)"
-    )
+    parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="the folder to create (default: .venv)")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, stop)
     environment = Environment(folder=options.venv.absolute(), runtime="cuda" if find_gpu() else "cpu")

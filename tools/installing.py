@@ -22,6 +22,8 @@ UNREACHABLE = re.compile(
     r"|ProxyError|SSLError|Could not fetch URL"
 )
 NOT_OFFERED = re.compile(r"No matching distribution found for (\S+)")
+# With retries switched off pip does not say that an index did not answer: it looks like an empty one.
+NOTHING_FOUND = "(from versions: none)"
 DISK_FULL = re.compile(r"No space left on device|Errno 28\b|Disk quota exceeded")
 
 
@@ -151,9 +153,7 @@ def last_activity(log: Path) -> str:
         stream.seek(max(0, log.stat().st_size - 4000))
         lines = stream.read().decode(errors="replace").split("\n")
     telling = [
-        line.strip()
-        for line in lines
-        if re.match(r"\s*(Collecting|Downloading|Building|Installing|Processing)", line)
+        line.strip() for line in lines if re.match(r"\s*(Collecting|Downloading|Building|Installing|Processing)", line)
     ]
     return " ".join(telling[-1].split()[:2]) if telling else "starting"
 
@@ -163,9 +163,7 @@ def explain(output: str, environment: Environment) -> SetupError:
     log = f"the whole log is {environment.log}"
     missing = NOT_OFFERED.search(output)
     if DISK_FULL.search(output):
-        return SetupError(
-            f"the disk is full: free some space and run make again, it goes on from here; {log}."
-        )
+        return SetupError(f"the disk is full: free some space and run make again, it goes on from here; {log}.")
     if UNREACHABLE.search(output):
         return SetupError(
             "no package index could be reached: check the network and pip's settings (`pip config list`) "
@@ -173,6 +171,11 @@ def explain(output: str, environment: Environment) -> SetupError:
         )
     if missing:
         version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+        if NOTHING_FOUND in output:
+            return SetupError(
+                f"pip found no {missing[1]} at all for Python {version}: check the network and pip's "
+                f"settings (`pip config list`) and run make again, it goes on from here; {log}."
+            )
         return NotOfferedError(
             f"the package indexes that pip is set to use do not offer {missing[1]} for Python {version} "
             f"on this machine: try another Python (`make PYTHON=python3.11 setup`) or another index; {log}."

