@@ -59,7 +59,7 @@ def inject(model: nn.Module, latents: LatentBatch, markers: FormatIds | None = N
     if not calls:
         raise RuntimeError(
             "the latents were not fed: the forward pass never looked up its input embeddings. "
-            "Pass input_ids, not inputs_embeds; and where torch.compile is used, compile the layers, not the whole model."
+            "Pass input_ids, not inputs_embeds; under torch.compile, compile the layers and not the whole model."
         )
 
 
