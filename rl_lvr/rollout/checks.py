@@ -25,6 +25,7 @@ class Limits:
     vocabulary: int
     """Rows of the embedding."""
     max_positions: int
+    image_token: int
     special_ids: frozenset[int]
     """Ids that are no ordinary text: the tokenizer's special tokens and the end-of-sequence ids."""
 
@@ -53,6 +54,11 @@ def check_request(index: int, request: Request, markers: FormatIds, limits: Limi
         not starts_with_own(request, markers) or len(ids) > 1,
         "the prompt is a start token alone: its latent comes from the token before it, so put one there.",
     )
+    tokens = list(ids).count(limits.image_token)
+    if request.images:
+        need(tokens > 0, "it has images but its prompt has no image token: build the prompt with the processor.")
+    else:
+        need(tokens == 0, f"the prompt has {tokens} image tokens but no image is given.")
     _check_intervention(request, markers, limits, need)
     _check_prompt_latents(request, markers, limits, need)
 

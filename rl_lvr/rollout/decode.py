@@ -96,7 +96,7 @@ class _Fed:
 
 
 class BatchDecoder:
-    """Completes one batch of requests. One instance serves one call of `run`.
+    """Completes one batch of requests: one call of `prefill`, then one of `run`.
 
     A batch holds either only prompts whose last token takes a vector of the model's own (`starts_with_own`) or none:
     the former are prefilled without that token, which is then the first decode step.
@@ -156,9 +156,8 @@ class BatchDecoder:
 
     # ---- the loop
 
-    def run(self) -> list[Rollout]:
-        """Prefill, decode until every row is done, and put the rows together."""
-        hidden = self._prefill()
+    def run(self, hidden: Tensor) -> list[Rollout]:
+        """Decode from the prefill's `hidden` until every row is done, and put the rows together."""
         if self._opens[0]:
             hidden = self._open(hidden)
         draws_any = True
@@ -264,7 +263,7 @@ class BatchDecoder:
 
     # ---- forwards
 
-    def _prefill(self) -> Tensor:
+    def prefill(self) -> Tensor:
         """All prompts in one forward, padded on the left. Hidden state of the last position, [B, H]."""
         parts = self._parts
         cut = int(self._opens[0])

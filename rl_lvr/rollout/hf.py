@@ -19,7 +19,7 @@ from rl_lvr.models import family_of
 from rl_lvr.progress import track
 from rl_lvr.rollout.checks import Limits, check_request, starts_with_own
 from rl_lvr.rollout.decode import BatchDecoder, Parts
-from rl_lvr.rollout.forward import evaluating
+from rl_lvr.rollout.forward import batch_images, evaluating
 from rl_lvr.rollout.stops import StopStrings
 from rl_lvr.rollout.types import Capability, Request, Rollout, Sampling, request_seeds
 
@@ -81,6 +81,7 @@ class HFRolloutEngine:
             hidden_size=self._parts.hidden_size,
             vocabulary=self._parts.vocabulary,
             max_positions=text.max_position_embeddings,
+            image_token=placeholders["image"],
             special_ids=frozenset({*self.tokenizer.all_special_ids, *eos}),
         )
 
@@ -97,8 +98,29 @@ class HFRolloutEngine:
                 decoder = BatchDecoder(
                     self._parts, [requests[i] for i in batch], [seeds[i] for i in batch], sampling, stops
                 )
-                rollouts.update(zip(batch, decoder.run(), strict=True))
+                try:
+                    hidden = decoder.prefill()
+                except torch.OutOfMemoryError:
+                    raise
+                except (ValueError, RuntimeError):
+                    self._explain_images(batch, requests)
+                    raise
+                rollouts.update(zip(batch, decoder.run(hidden), strict=True))
         return [rollouts[i] for i in range(len(requests))]
+
+    def _explain_images(self, batch: Sequence[int], requests: Sequence[Request]) -> None:
+        """Say which request of a batch that failed has the wrong number of image tokens. Transformers knows only
+        the batch's sum, and each family counts in its own way: so count the vectors, now that it is too late anyway."""
+        family = self._parts.family
+        for index in batch:
+            images = batch_images(family, self.model, [requests[index].images])
+            wanted = sum(len(features) for features in family.image_features(self.model, images)) if images else 0
+            given = list(requests[index].prompt_ids).count(self._limits.image_token)
+            if given != wanted:
+                raise UserError(
+                    f"request {index}: the prompt has {given} image tokens, its images take {wanted}: "
+                    "build prompt and images in one call of the processor."
+                )
 
     def _batches(self, requests: Sequence[Request]) -> list[list[int]]:
         """Longest prompts first, similar lengths together; prompts that open with a latent of their own apart."""
