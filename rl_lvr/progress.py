@@ -120,9 +120,7 @@ class _Work:
         return max(0.0, self.total - self.done) * self.seconds / self.done
 
     def figures_text(self) -> str:
-        return " ".join(
-            f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in self.figures.items()
-        )
+        return " ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in self.figures.items())
 
     def line(self, ending: str | None) -> str:
         """`ending` is None while the work goes on."""

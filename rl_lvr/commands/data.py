@@ -23,12 +23,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     check = actions.add_parser("check", help="name the line, field and cure of each bad record")
     check.add_argument("file", help=".jsonl or .parquet file, or a folder saved by datasets (folder:split)")
     check.add_argument("--limit", type=_positive, metavar="N", help="check the first N records only")
-    check.add_argument(
-        "--max-errors", type=_positive, default=20, metavar="N", help="print the first N findings (20)"
-    )
-    check.add_argument(
-        "--max-pixels", type=_positive, metavar="N", help="refuse images with more pixels (50000000)"
-    )
+    check.add_argument("--max-errors", type=_positive, default=20, metavar="N", help="print the first N findings (20)")
+    check.add_argument("--max-pixels", type=_positive, metavar="N", help="refuse images with more pixels (50000000)")
     check.add_argument("--k", type=_positive, metavar="K", help="each span must have 1 target or K")
     check.add_argument("--json", action="store_true", help="print the report as JSON")
 
@@ -36,33 +32,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
     make.add_argument("kind", choices=("pointers",), help="what puzzles: pointers (docs/data.md)")
     make.add_argument("--out", required=True, metavar="DIR", help="folder of the set")
     make.add_argument("--hops", type=int, default=6, help="pointers to follow (6)")
-    make.add_argument(
-        "--grid", type=_grid, default=(3, 4), metavar="RxC", help="rows x columns of cells (3x4)"
-    )
+    make.add_argument("--grid", type=_grid, default=(3, 4), metavar="RxC", help="rows x columns of cells (3x4)")
     make.add_argument("--cell-px", type=int, default=8, help="side of a cell in pixels, an even number (8)")
-    make.add_argument(
-        "--latents", choices=("path", "decorative", "none"), default="path", help="targets (path)"
-    )
+    make.add_argument("--latents", choices=("path", "decorative", "none"), default="path", help="targets (path)")
     make.add_argument("--k", type=int, help="latents of a decorative span (as many as hops)")
-    make.add_argument(
-        "--train", type=_count, default=20_000, metavar="N", help="puzzles for training (20000)"
-    )
+    make.add_argument("--train", type=_count, default=20_000, metavar="N", help="puzzles for training (20000)")
     make.add_argument("--val", type=_count, default=0, metavar="N", help="puzzles for validation (0)")
     make.add_argument("--test", type=_count, default=1_000, metavar="N", help="held-out puzzles (1000)")
     make.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes (0)")
-    make.add_argument(
-        "--format", choices=("parquet", "jsonl"), default="parquet", help="kind of file (parquet)"
-    )
+    make.add_argument("--format", choices=("parquet", "jsonl"), default="parquet", help="kind of file (parquet)")
     make.add_argument("--force", action="store_true", help="replace another set in DIR")
 
     show = actions.add_parser("show", help="print one record, and draw its targets")
     show.add_argument("file", help="as for check")
-    show.add_argument(
-        "--index", type=int, default=0, metavar="I", help="which record, from 0; negative from the end"
-    )
-    show.add_argument(
-        "--image", metavar="PNG", help="save its images, enlarged, with the latent targets drawn"
-    )
+    show.add_argument("--index", type=int, default=0, metavar="I", help="which record, from 0; negative from the end")
+    show.add_argument("--image", metavar="PNG", help="save its images, enlarged, with the latent targets drawn")
     show.add_argument("--scale", type=_positive, metavar="N", help="enlarge N times (to about 480 pixels)")
 
 

@@ -111,21 +111,15 @@ class Markers:
                 self._slots.setdefault((one.start, one.end), set()).add(one.slot)
             else:
                 self._loose.add(one.slot)
-        tokens = {
-            t for (start, end), slots in self._slots.items() for t in (start, end, *slots)
-        } | self._loose
-        self._any = re.compile(
-            "|".join(re.escape(t) for t in sorted(tokens, key=len, reverse=True)) or "(?!)"
-        )
+        tokens = {t for (start, end), slots in self._slots.items() for t in (start, end, *slots)} | self._loose
+        self._any = re.compile("|".join(re.escape(t) for t in sorted(tokens, key=len, reverse=True)) or "(?!)")
 
     def problems(self, text: str, role: str, where: str) -> Iterator[Problem]:
         found = self._any.findall(text)
         if not found:
             return
         if role != "assistant":
-            yield Problem(
-                where, f"holds the marker {found[0]}", "latent markers belong to the assistant's text"
-            )
+            yield Problem(where, f"holds the marker {found[0]}", "latent markers belong to the assistant's text")
             return
         for (start, end), slots in self._slots.items():
             yield from self._pair(found, start, end, slots, where)
@@ -225,9 +219,7 @@ class _Checker:
                     yield Problem(f"latents[{number}].images[{index}]", size.what, size.cure)
             shown = sizes[spec.image] if spec.boxes else None
             for index, box in enumerate(spec.boxes or ()):
-                if shown is not None and (
-                    problem := box_outside(box, *shown, f"latents[{number}].boxes[{index}]")
-                ):
+                if shown is not None and (problem := box_outside(box, *shown, f"latents[{number}].boxes[{index}]")):
                     yield problem
 
     def _look(self, image: ImageRef) -> tuple[int, int] | ImageError:

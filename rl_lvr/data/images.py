@@ -44,11 +44,7 @@ def path_error(text: str) -> ImageError | None:
     """What is wrong with a path by its text alone (no look at the disk)."""
     if not text:
         return ImageError("the image path is empty", "name the file, relative to the data file's folder")
-    if (
-        text.startswith("data:")
-        or len(text) > _LONGEST
-        or any(len(p.encode()) > 255 for p in text.split("/"))
-    ):
+    if text.startswith("data:") or len(text) > _LONGEST or any(len(p.encode()) > 255 for p in text.split("/")):
         return ImageError(
             f"{text[:24]!r}... is too long for a path, or is image data",
             "write the image to a file and name it, or embed its bytes in a Parquet file",
@@ -61,13 +57,9 @@ def path_error(text: str) -> ImageError | None:
             "download the image and give its path relative to the data file",
         )
     if os.path.isabs(text) or PureWindowsPath(text).is_absolute():
-        return ImageError(
-            f"{text!r} is an absolute path", "give the path relative to the folder of the data file"
-        )
+        return ImageError(f"{text!r} is an absolute path", "give the path relative to the folder of the data file")
     if os.path.normpath(text).split(os.sep)[0] == os.pardir:
-        return ImageError(
-            f"{text!r} leaves the folder of the data file", "put the image below the data file's folder"
-        )
+        return ImageError(f"{text!r} leaves the folder of the data file", "put the image below the data file's folder")
     return None
 
 
@@ -132,21 +124,15 @@ class ImageRef:
                     "convert it to PNG or JPEG, or remove the record",
                 ) from error
             except Image.DecompressionBombError as error:
-                raise ImageError(
-                    f"{label} is huge ({error})", f"scale it below {max_pixels:,} pixels"
-                ) from error
+                raise ImageError(f"{label} is huge ({error})", f"scale it below {max_pixels:,} pixels") from error
             except _DECODER_ERRORS as error:
-                raise ImageError(
-                    f"{label} has a broken header ({error})", "write or download it again"
-                ) from error
+                raise ImageError(f"{label} has a broken header ({error})", "write or download it again") from error
         width, height = image.size
         if width * height > max_pixels:
             raise ImageError(
                 f"{label} is huge: {width} x {height} is more than {max_pixels:,} pixels",
                 "scale it down, or raise the limit if it is meant",
             )
-        if width < 1 or height < 1:
-            raise ImageError(f"{label} has no pixels", "write or download it again")
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
             raise ImageError(
                 f"{label} has more than 8 bits per channel (mode {image.mode}), which RGB would clip",
@@ -167,9 +153,7 @@ class ImageRef:
                 turned = ImageOps.exif_transpose(image)
             except _DECODER_ERRORS as error:
                 label = repr(self.name) if self.name else "the embedded image"
-                raise ImageError(
-                    f"{label} is truncated or damaged ({error})", "write or download it again"
-                ) from error
+                raise ImageError(f"{label} is truncated or damaged ({error})", "write or download it again") from error
         if turned.has_transparency_data:
             layer = turned.convert("RGBA")
             return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")

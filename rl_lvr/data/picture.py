@@ -40,8 +40,6 @@ def draw_record(record: Record, scale: int | None = None) -> Image.Image:
             x0, x1 = x0 + lefts[target.image], x1 + lefts[target.image]
             draw.rectangle((x0, y0, x1 - 1, y1 - 1), outline=ink, width=3)
             text = ",".join(numbers)
-            draw.rectangle(
-                draw.textbbox((x0 + 6, y0 + 5), text, font_size=18), fill="black", outline="black", width=1
-            )
+            draw.rectangle(draw.textbbox((x0 + 6, y0 + 5), text, font_size=18), fill="black", outline="black", width=1)
             draw.text((x0 + 6, y0 + 5), text, fill="white", font_size=18)
     return canvas

@@ -95,9 +95,7 @@ class PuzzleConfig:
         if self.latents not in LATENTS:
             raise UserError(f"puzzle latents is {self.latents!r}: choose from {', '.join(LATENTS)}.")
         if self.k is not None and self.latents != "decorative":
-            raise UserError(
-                f"puzzle k goes with decorative latents only, not with {self.latents!r}: leave it out."
-            )
+            raise UserError(f"puzzle k goes with decorative latents only, not with {self.latents!r}: leave it out.")
         if self.k is not None and (isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1):
             raise UserError(f"puzzle k is {self.k!r}: give a whole number above 0.")
 
@@ -174,9 +172,7 @@ def _eighth(puzzles: Puzzles) -> np.ndarray:
     digest = np.full(len(puzzles), 0xCBF29CE484222325, dtype=np.uint64)
     for column in np.concatenate([puzzles.own, puzzles.shown], axis=1).T:
         digest = (digest ^ column.astype(np.uint64)) * np.uint64(0x100000001B3)
-    digest ^= digest >> np.uint64(
-        33
-    )  # FNV's top bits move little with the last bytes: mix once (murmur3's end)
+    digest ^= digest >> np.uint64(33)  # FNV's top bits move little with the last bytes: mix once (murmur3's end)
     digest *= np.uint64(0xFF51AFD7ED558CCD)
     digest ^= digest >> np.uint64(33)
     return (digest >> np.uint64(61)).astype(np.int64)
@@ -223,9 +219,7 @@ def render(config: PuzzleConfig, puzzles: Puzzles) -> np.ndarray:
     halves = _RGB[np.stack([puzzles.own, puzzles.shown], axis=-1)]  # N, cells, 2, 3
     halves = halves.reshape(-1, config.rows, 1, config.cols * 2, 1, 3)
     shape = (len(puzzles), config.rows, config.cell_px, config.cols * 2, half, 3)
-    return np.broadcast_to(halves, shape).reshape(
-        -1, config.rows * config.cell_px, config.cols * config.cell_px, 3
-    )
+    return np.broadcast_to(halves, shape).reshape(-1, config.rows * config.cell_px, config.cols * config.cell_px, 3)
 
 
 def question(config: PuzzleConfig, start: str) -> str:
@@ -242,9 +236,7 @@ def iterate(config: PuzzleConfig, n: int, split: str) -> Iterator[Record]:
             np.take_along_axis(part.where, part.cycle.astype(np.int64), axis=1),
         )
         for i in range(len(part)):
-            yield _record(
-                config, f"{split}-{begin + i:06d}", part.cycle[i].tolist(), visited[i].tolist(), pictures[i]
-            )
+            yield _record(config, f"{split}-{begin + i:06d}", part.cycle[i].tolist(), visited[i].tolist(), pictures[i])
 
 
 def generate(config: PuzzleConfig, n: int, split: str) -> list[Record]:
@@ -252,15 +244,11 @@ def generate(config: PuzzleConfig, n: int, split: str) -> list[Record]:
     return list(iterate(config, n, split))
 
 
-def _record(
-    config: PuzzleConfig, name: str, cycle: list[int], visited: list[int], picture: np.ndarray
-) -> Record:
+def _record(config: PuzzleConfig, name: str, cycle: list[int], visited: list[int], picture: np.ndarray) -> Record:
     """`visited` are the cells of `cycle`'s colours, in its order."""
     colours = [COLOURS[c] for c in cycle]
     answer = colours[config.hops]
-    cells = {"path": visited[: config.hops], "decorative": [0] * config.span_length, "none": []}[
-        config.latents
-    ]
+    cells = {"path": visited[: config.hops], "decorative": [0] * config.span_length, "none": []}[config.latents]
     latents = (LatentSpec(image=0, cells=tuple(cells), grid=(config.rows, config.cols)),) if cells else ()
     text = [{"type": "image"}, {"type": "text", "text": question(config, colours[0])}]
     reply = [{"type": "text", "text": (LATENT if latents else "") + answer}]

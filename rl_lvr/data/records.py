@@ -116,9 +116,7 @@ class Record:
     @property
     def spans(self) -> int:
         """Latent spans in the assistant's texts."""
-        return sum(
-            content_text(m["content"]).count(LATENT) for m in self.messages if m["role"] == "assistant"
-        )
+        return sum(content_text(m["content"]).count(LATENT) for m in self.messages if m["role"] == "assistant")
 
     def open_images(self) -> list[Image.Image]:
         """The decoded images, RGB, in the order of the image parts."""
@@ -144,9 +142,7 @@ class Record:
                 raise RowError(problem, f"record {self.id!r}")
         return LatentTarget(
             image=spec.image,
-            boxes=tuple(
-                (x0 / width, y0 / height, x1 / width, y1 / height) for x0, y0, x1, y1 in spec.boxes or ()
-            ),
+            boxes=tuple((x0 / width, y0 / height, x1 / width, y1 / height) for x0, y0, x1, y1 in spec.boxes or ()),
         )
 
 

@@ -185,9 +185,7 @@ def _content(content: Any, role: str, where: str) -> Iterator[Problem]:
         for index, part in enumerate(content):
             yield from _part(part, role, f"{where}[{index}]")
         text = "".join(p.get("text") or "" for p in content if _is_text(p))
-        filled = bool(text.strip()) or any(
-            isinstance(p, Mapping) and p.get("type") == "image" for p in content
-        )
+        filled = bool(text.strip()) or any(isinstance(p, Mapping) and p.get("type") == "image" for p in content)
     elif isinstance(content, str):
         text, filled = content, bool(content.strip())
     else:
@@ -223,9 +221,7 @@ def _part(part: Any, role: str, where: str) -> Iterator[Problem]:
 
 def _count(messages: Any) -> tuple[int, int | None]:
     """Image parts, and latent spans (None if the messages end with the user: spans are yet to be written)."""
-    parts = sum(
-        part["type"] == "image" for m in messages if isinstance(m["content"], list) for part in m["content"]
-    )
+    parts = sum(part["type"] == "image" for m in messages if isinstance(m["content"], list) for part in m["content"])
     spans = sum(content_text(m["content"]).count(LATENT) for m in messages if m["role"] == "assistant")
     return parts, spans if messages[-1]["role"] == "assistant" else None
 
@@ -283,9 +279,7 @@ def _image_index(latent: Mapping[str, Any], images: int | None, where: str) -> I
     if not is_int(index):
         yield Problem(f"{where}.image", f"is {kind(index)}", "make it the number of an image, from 0")
     elif images is not None and not 0 <= index < images:
-        yield Problem(
-            f"{where}.image", f"is {index} but the record has {images} images", "count images from 0"
-        )
+        yield Problem(f"{where}.image", f"is {index} but the record has {images} images", "count images from 0")
 
 
 def _box(box: Any, where: str) -> Iterator[Problem]:

@@ -99,13 +99,9 @@ class JsonlRows:
             handle.seek(self._starts[index])
             line = handle.readline()
         try:
-            row = json.loads(
-                line.decode("utf-8-sig"), object_pairs_hook=_no_repeats, parse_constant=_no_constants
-            )
+            row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_no_repeats, parse_constant=_no_constants)
         except UnicodeDecodeError as error:
-            raise RowError(
-                Problem("line", f"is not UTF-8 ({error.reason})", "save the file as UTF-8")
-            ) from error
+            raise RowError(Problem("line", f"is not UTF-8 ({error.reason})", "save the file as UTF-8")) from error
         except json.JSONDecodeError as error:
             raise RowError(
                 Problem(
@@ -131,9 +127,7 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constants(text: str) -> NoReturn:
-    raise RowError(
-        Problem("line", f"holds {text}, which is not JSON", "write a number, or leave the field out")
-    )
+    raise RowError(Problem("line", f"holds {text}, which is not JSON", "write a number, or leave the field out"))
 
 
 class ArrowRows:
@@ -221,18 +215,14 @@ def _open_parquet(path: Path) -> RowSource:
 
 def _open_saved(folder: Path, split: str | None) -> RowSource:
     if not (folder / "dataset_dict.json").is_file() and not (folder / "dataset_info.json").is_file():
-        raise UserError(
-            f"{folder} holds no data set of datasets' save_to_disk: name a .jsonl or .parquet file in it."
-        )
+        raise UserError(f"{folder} holds no data set of datasets' save_to_disk: name a .jsonl or .parquet file in it.")
     import datasets
 
     saved = datasets.load_from_disk(str(folder))
     if isinstance(saved, datasets.DatasetDict):
         names = ", ".join(saved)
         if split is None:
-            raise UserError(
-                f"{folder} holds several splits ({names}): name one, as in {folder}:{next(iter(saved))}."
-            )
+            raise UserError(f"{folder} holds several splits ({names}): name one, as in {folder}:{next(iter(saved))}.")
         if split not in saved:
             raise UserError(f"{folder} has no split {split!r}: choose from {names}.")
         return DatasetRows(saved[split], f"{folder.name}:{split}")

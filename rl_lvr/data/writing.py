@@ -100,8 +100,7 @@ def write_jsonl(records: Iterable[Record], path: str | Path) -> int:
             row = record.to_row()
             if record.images:
                 row["images"] = [
-                    _save(image, path.parent, f"{folder}/{count:07d}_{i}")
-                    for i, image in enumerate(record.images)
+                    _save(image, path.parent, f"{folder}/{count:07d}_{i}") for i, image in enumerate(record.images)
                 ]
             for number, spec in enumerate(record.latents or ()):
                 if spec.images is not None:
@@ -130,9 +129,7 @@ def to_dataset(records: Iterable[Record], embed: bool) -> datasets.Dataset:
     import pyarrow as pa
 
     schema = arrow_schema()
-    tables = [
-        pa.Table.from_pylist(rows, schema=schema) for rows in _chunks(columnar_row(r, embed) for r in records)
-    ]
+    tables = [pa.Table.from_pylist(rows, schema=schema) for rows in _chunks(columnar_row(r, embed) for r in records)]
     features = datasets.Features.from_arrow_schema(schema)
     features["images"] = datasets.List(datasets.Image())  # the same storage, decoded on access
     table = pa.concat_tables(tables) if tables else schema.empty_table()

@@ -80,8 +80,7 @@ def test_a_good_file_has_no_finding(check, folder):
         changed(["latents"], [{"images": ["aux.png"]}]) | {"id": "d"},
         changed(["latents"], [{"cells": [0, 11], "grid": [3, 4]}]) | {"id": "e"},
         {"id": "f", "messages": [{"role": "user", "content": "no image"}]},
-        changed(["messages", 2, "content"], "x <|lvr_start|><|lvr|><|lvr_sep|><|lvr_end|> <latent>y")
-        | {"id": "g"},
+        changed(["messages", 2, "content"], "x <|lvr_start|><|lvr|><|lvr_sep|><|lvr_end|> <latent>y") | {"id": "g"},
     ]
     report = check(*others)
     assert report.findings == []
@@ -119,6 +118,7 @@ BAD = [
     (["messages"], ..., "messages", "is missing"),
     (["messages"], {}, "messages", "is an object"),
     (["messages"], [], "messages", "is empty"),
+    (["messages", 1], "what colour?", "messages[1]", "is a string"),
     (["messages"], MESSAGES[:1], "messages", "no message of the user"),
     (["messages"], MESSAGES[2:], "messages[0].role", "stands first"),
     (["messages"], [*MESSAGES, MESSAGES[2]], "messages[3].role", "stands after assistant"),
@@ -143,6 +143,12 @@ BAD = [
     (["messages", 2, "content"], "red", "latents", "has 1 entries but the assistant's text has 0 <latent>"),
     (["messages", 2, "content"], "<latent><latent>", "latents", "has 2 <latent>"),
     (["messages", 2, "content"], "<latent><|lvr_start|>red", "messages[2].content", "<|lvr_start|> without"),
+    (
+        ["messages", 2, "content"],
+        "<latent><|lvr_start|><|lvr_start|><|lvr_end|><|lvr_end|>",
+        "messages[2].content",
+        "inside an open",
+    ),
     (["messages", 2, "content"], "<latent><|lvr_end|>red", "messages[2].content", "<|lvr_end|> without"),
     (["messages", 2, "content"], "<latent><|lvr|>", "messages[2].content", "outside <|lvr_start|>"),
     (
@@ -162,6 +168,8 @@ BAD = [
     (["latents", 0, "box"], [], "latents[0].box", "unknown field"),
     (["latents", 0, "grid"], [1, 1], "latents[0].grid", "does not go with boxes"),
     (["latents", 0, "boxes"], [], "latents[0].boxes", "is empty"),
+    (["latents", 0, "boxes"], "0 0 5 5", "latents[0].boxes", "is a string"),
+    (["latents"], [{"image": 0, "images": ["images/0.png"]}], "latents[0].image", "does not go with images"),
     (["latents", 0, "boxes"], [5], "latents[0].boxes[0]", "is 5"),
     (["latents", 0, "boxes"], [[0, 0, 5]], "latents[0].boxes[0]", "is [0, 0, 5]"),
     (["latents", 0, "boxes"], [[0, 0, 5, "5"]], "latents[0].boxes[0]", "'5'"),
@@ -237,6 +245,8 @@ def damaged(good):
     return {
         "truncated": (data[: len(data) // 2], "truncated or damaged"),
         "truncated jpeg": (jpeg_cut.read_bytes()[:-20], "truncated or damaged"),
+        "cut header": (jpeg_cut.read_bytes()[:200], "broken header"),
+        "no pixels": (bomb(0, 4), "is not an image"),
         "flipped bit": (data[:60] + bytes([data[60] ^ 255]) + data[61:], "damaged"),
         "text": (b"no image at all", "is not an image"),
         "empty": (b"", "is not an image"),
@@ -248,6 +258,8 @@ def damaged(good):
 
 
 KINDS = (
+    "cut header",
+    "no pixels",
     "truncated",
     "truncated jpeg",
     "flipped bit",
@@ -276,9 +288,7 @@ def test_a_bad_image_is_named(check, folder, kind, place):
         images = table.column("images").to_pylist()
         images[1][0]["bytes"] = data
         index = table.schema.get_field_index("images")
-        table = table.set_column(
-            index, table.schema.field(index), pa.array(images, table.schema.field(index).type)
-        )
+        table = table.set_column(index, table.schema.field(index), pa.array(images, table.schema.field(index).type))
         pq.write_table(table, folder / "p.parquet")
         (finding,) = check_records(folder / "p.parquet").findings
         assert (finding.place, finding.id) == ("p.parquet row 1", "test-000001")

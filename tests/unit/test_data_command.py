@@ -13,6 +13,7 @@ from rl_lvr.cli import main
 from rl_lvr.data import load_records
 from rl_lvr.data.puzzle_sets import make_pointers
 from rl_lvr.data.puzzles import PALETTE, PuzzleConfig
+from rl_lvr.errors import UserError
 
 SMALL = ["data", "make", "pointers", "--train", "30", "--test", "10", "--grid", "2x3", "--hops", "4"]
 
@@ -105,6 +106,8 @@ def test_files_that_were_changed_or_are_no_set_are_not_overwritten(tmp_path, cap
     assert "is in the way" in capsys.readouterr().err
     assert main([*SMALL, "--out", str(image)]) == 2
     assert "is a file" in capsys.readouterr().err
+    assert main([*SMALL, "--out", str(image / "below")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
 
 
 def test_an_interrupted_making_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -115,6 +118,8 @@ def test_an_interrupted_making_leaves_nothing_behind(tmp_path, monkeypatch):
         next(iter(records))
         raise KeyboardInterrupt
 
+    with pytest.raises(UserError, match="choose from parquet, jsonl"):
+        make_pointers(PuzzleConfig(), {"train": 5}, tmp_path / "set", "csv")
     monkeypatch.setattr(puzzle_sets, "write_parquet", interrupted)
     with pytest.raises(KeyboardInterrupt):
         make_pointers(PuzzleConfig(), {"train": 5}, tmp_path / "set")
@@ -138,9 +143,7 @@ def test_bad_settings_are_one_line(tmp_path, capsys, flags, message):
     assert not (tmp_path / "set").exists()
 
 
-@pytest.mark.parametrize(
-    "flags", [["--grid", "3"], ["--train", "-1"], ["--latents", "paths"], ["--format", "csv"]]
-)
+@pytest.mark.parametrize("flags", [["--grid", "3"], ["--train", "-1"], ["--latents", "paths"], ["--format", "csv"]])
 def test_bad_flags_are_refused_by_the_parser(tmp_path, flags):
     with pytest.raises(SystemExit) as stop:
         main([*SMALL, *flags, "--out", str(tmp_path / "set")])
@@ -150,10 +153,7 @@ def test_bad_flags_are_refused_by_the_parser(tmp_path, flags):
 @pytest.fixture
 def bad_file(tmp_path):
     file = tmp_path / "bad.jsonl"
-    rows = [
-        {"id": f"r{n}", "messages": [{"role": "user", "content": "hi\x1b[2J"}], "answer": ""}
-        for n in range(5)
-    ]
+    rows = [{"id": f"r{n}", "messages": [{"role": "user", "content": "hi\x1b[2J"}], "answer": ""} for n in range(5)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
 

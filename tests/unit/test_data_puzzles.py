@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import itertools
+import re
 from collections import Counter
 
 import numpy as np
@@ -46,9 +47,7 @@ def solve(record, config, follow=True):
 def test_an_independent_solver_is_always_right(config):
     records = generate(config, 200, "test")
     assert all(solve(r, config) == r.answer for r in records)
-    assert (
-        sum(solve(r, config, follow=False) == r.answer for r in records) < 20
-    )  # control: one hop is not enough
+    assert sum(solve(r, config, follow=False) == r.answer for r in records) < 20  # control: one hop is not enough
 
 
 def test_every_pixel_of_a_cell_has_its_colour():
@@ -112,19 +111,16 @@ def test_the_split_does_not_depend_on_how_a_picture_is_entered():
     assert 0.05 < (module._eighth(swapped) == 6).mean() < 0.25
 
 
-def test_a_grid_that_is_used_up_says_so():
+def test_a_grid_that_is_used_up_says_how_many_it_has():
     config = PuzzleConfig(rows=1, cols=3, hops=1)  # 3! x 2! pictures x 3 starts
-    with pytest.raises(UserError, match=r"only .* different puzzles"):
-        generate(config, 100, "train")
-    counts = Counter()
+    total = 0
     for split in module.SPLITS:
-        for n in range(36, -1, -1):
-            try:
-                counts[split] = len(draw(config, n, split))
-                break
-            except UserError:
-                continue
-    assert sum(counts.values()) == 36  # every puzzle is in exactly one split
+        with pytest.raises(UserError, match=r"has only \d+ different puzzles") as error:
+            generate(config, 100, split)
+        count = int(re.search(r"only (\d+) different", str(error.value))[1])
+        assert len(draw(config, count, split)) == count
+        total += count
+    assert total == 36  # every puzzle is in exactly one split
 
 
 def test_draws_are_uniform():
@@ -223,6 +219,9 @@ def test_bad_settings_are_refused(change, message):
 def test_an_unknown_split_is_refused():
     with pytest.raises(UserError, match="choose from train, val, test"):
         generate(PuzzleConfig(), 1, "dev")
+    with pytest.raises(UserError, match="number of puzzles is -1"):
+        generate(PuzzleConfig(), -1, "train")
+    assert generate(PuzzleConfig(), 0, "train") == []
 
 
 @settings(max_examples=30, deadline=None)

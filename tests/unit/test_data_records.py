@@ -186,9 +186,7 @@ def test_blank_lines_do_not_shift_line_numbers(folder):
         records[1]
 
 
-@pytest.mark.parametrize(
-    "name", ["../out.png", "images/../../out.png", "/etc/hostname", "C:\\a.png", "http://a/b.png"]
-)
+@pytest.mark.parametrize("name", ["../out.png", "images/../../out.png", "/etc/hostname", "C:\\a.png", "http://a/b.png"])
 def test_paths_that_leave_the_folder_are_refused(folder, name):
     with pytest.raises(UserError):
         Record.from_row(row(images=[name]), folder)
@@ -226,6 +224,18 @@ def test_files_of_another_kind_are_refused(folder, name, message):
     (folder / "a.csv").write_text("a,b\n")
     with pytest.raises(UserError, match=message):
         load_records(folder / name)
+
+
+def test_what_only_a_program_can_hand_in_is_refused_too(folder):
+    with pytest.raises(UserError, match="record: is a list"):
+        Record.from_row([row()], folder)
+    with pytest.raises(UserError, match=r"images\[0\]\.bytes: is a string"):
+        Record.from_row(row(images=[{"bytes": "text", "path": None}]), folder)
+
+
+def test_an_image_that_cannot_be_read_is_one_sentence():
+    with pytest.raises(ImageError, match="cannot be read"):
+        ImageRef("/proc/self/mem").read_bytes()  # a file that exists and whose first byte nobody may read
 
 
 def test_a_broken_parquet_file_is_one_sentence(folder):

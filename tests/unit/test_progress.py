@@ -33,9 +33,9 @@ def test_lines_have_count_rate_time_left_and_figures():
     stream = io.StringIO()
     work(stream, loss=0.123456, stage="one")
     first, *_, last = stream.getvalue().splitlines()
-    assert re.fullmatch(
-        r"reading: [1-5]/6 \(\d+%\) rows, [\d.]+ rows/s, \d s left, loss 0\.1235 stage one", first
-    ), first
+    assert re.fullmatch(r"reading: [1-5]/6 \(\d+%\) rows, [\d.]+ rows/s, \d s left, loss 0\.1235 stage one", first), (
+        first
+    )
     assert re.fullmatch(r"reading: 6/6 \(100%\) rows, .*, done in \d s, loss .*", last), last
 
 
@@ -83,9 +83,7 @@ def test_slow_units_are_told_in_seconds_each():
     assert re.search(r"\d\.\d s/it", stream.getvalue()), stream.getvalue()
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(7.2, "7 s"), (125, "2:05"), (3725, "1:02:05"), (59.7, "1:00")]
-)
+@pytest.mark.parametrize(("seconds", "text"), [(7.2, "7 s"), (125, "2:05"), (3725, "1:02:05"), (59.7, "1:00")])
 def test_clock(seconds, text):
     assert clock(seconds) == text
 
