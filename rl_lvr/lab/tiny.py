@@ -130,12 +130,26 @@ def build_tiny(spec: TinySpec, folder: str | Path) -> Path:
     half = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         model.save_pretrained(half)
+        if spec.family == "llava_onevision":
+            _name_as_released(half / "model.safetensors")
         processor.save_pretrained(half)
         half.chmod(0o755)  # mkdtemp makes it private
         os.replace(half, folder)
     finally:
         shutil.rmtree(half, ignore_errors=True)
     return folder
+
+
+def _name_as_released(weights: Path) -> None:
+    """Give SigLIP's parameters the prefix that they have in the released checkpoints, which vLLM looks for.
+
+    transformers writes it only for a model that it has read under these names.
+    """
+    from safetensors.torch import load_file, save_file
+
+    tower, released = "vision_tower.", "vision_tower.vision_model."
+    tensors = {name.replace(tower, released): tensor for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
 
 
 # ---- configurations

@@ -6,7 +6,8 @@ import pytest
 import torch
 from helpers import WORDS, make_batch, noise_image
 from PIL import Image
-from transformers import AutoProcessor
+from safetensors import safe_open
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl.chat_template_utils import is_chat_template_prefix_preserving, is_chat_template_stop_token_trained
 
 from rl_lvr.errors import UserError
@@ -131,6 +132,18 @@ def test_a_folder_with_something_in_it_is_not_overwritten(tmp_path):
 def test_impossible_shapes_are_refused(change, words):
     with pytest.raises(UserError, match=words):
         TinySpec(**{"family": "internvl", **change})
+
+
+def test_llava_weights_have_their_released_names(tiny_folder, tmp_path):
+    """vLLM finds the tower by them; a model read under these names is saved under them again."""
+    folder = tiny_folder("llava_onevision")
+    again = tmp_path / "again"
+    AutoModelForImageTextToText.from_pretrained(folder).save_pretrained(again)
+    for path in (folder, again):
+        with safe_open(path / "model.safetensors", framework="pt") as file:
+            tower = [name for name in file.keys() if "vision_tower" in name]  # noqa: SIM118 - no dict
+        assert tower
+        assert all("vision_tower.vision_model." in name for name in tower)
 
 
 def test_latent_formats_choose_the_markers(tiny_folder):
