@@ -92,9 +92,9 @@ def _whole(weight: Tensor) -> Iterator[None]:
     if not hasattr(weight, "ds_id"):
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with GatheredParameters([weight]):
+    with deepspeed.zero.GatheredParameters([weight]):
         yield
 
 
