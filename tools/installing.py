@@ -155,7 +155,10 @@ def last_activity(log: Path) -> str:
     telling = [
         line.strip() for line in lines if re.match(r"\s*(Collecting|Downloading|Building|Installing|Processing)", line)
     ]
-    return " ".join(telling[-1].split()[:2]) if telling else "starting"
+    if not telling:
+        return "starting"
+    verb, what = telling[-1].split()[:2]
+    return f"{verb} {what.rsplit('/', 1)[-1]}"
 
 
 def explain(output: str, environment: Environment) -> SetupError:

@@ -62,9 +62,7 @@ def test_bare_interpreter_gets_a_cure_instead_of_a_traceback() -> None:
         "parser = argparse.ArgumentParser(); doctor.configure(parser)\n"
         "sys.exit(doctor.run(parser.parse_args([])))"
     )
-    answer = subprocess.run(
-        [sys.executable, "-S", "-c", code], capture_output=True, text=True, cwd="/", timeout=120
-    )
+    answer = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, cwd="/", timeout=120)
     assert answer.returncode == 1, answer.stdout + answer.stderr
     assert answer.stderr == ""
     assert "run `make setup`" in answer.stdout
@@ -72,9 +70,7 @@ def test_bare_interpreter_gets_a_cure_instead_of_a_traceback() -> None:
 
 
 def test_import_of_the_verb_loads_nothing_heavy() -> None:
-    code = (
-        "import sys; from rl_lvr.commands import doctor; print(*sorted(set(sys.modules) & {'torch', 'rich'}))"
-    )
+    code = "import sys; from rl_lvr.commands import doctor; print(*sorted(set(sys.modules) & {'torch', 'rich'}))"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert answer.stdout.strip() == ""
     control = subprocess.run(
