@@ -151,6 +151,9 @@ def test_a_saved_set_with_splits_wants_one_named(folder):
         load_records(folder / "saved")
     with pytest.raises(UserError, match="no split 'dev'"):
         load_records(f"{folder}/saved:dev")
+    records.to_datasets(embed=True).save_to_disk(str(folder / "plain"))
+    with pytest.raises(UserError, match="one data set without splits"):
+        load_records(f"{folder}/plain:train")
     with pytest.raises(UserError, match="has no split"):
         load_records(f"{folder}/a.jsonl:train")
 
@@ -224,6 +227,17 @@ def test_files_of_another_kind_are_refused(folder, name, message):
     (folder / "a.csv").write_text("a,b\n")
     with pytest.raises(UserError, match=message):
         load_records(folder / name)
+
+
+def test_meta_of_a_column_is_json_text_or_a_struct(folder):
+    import datasets
+
+    base = {"id": ["a"], "messages": [[{"role": "user", "content": "hi"}]]}
+    for meta, read in (('{"a": [1, null]}', {"a": [1, None]}), ({"a": 1}, {"a": 1}), (None, {})):
+        assert from_datasets(datasets.Dataset.from_dict({**base, "meta": [meta]}))[0].meta == read
+    for meta in ("{", "[1]"):
+        with pytest.raises(UserError, match="data set row 0: meta: is "):
+            _ = from_datasets(datasets.Dataset.from_dict({**base, "meta": [meta]}))[0]
 
 
 def test_what_only_a_program_can_hand_in_is_refused_too(folder):
