@@ -69,6 +69,11 @@ def case(load_tiny: Callable[..., tuple[Any, Any]], family_name: str) -> Case:
 
 def reference(model: Any, batch: dict[str, Tensor], latents: LatentBatch) -> Tensor:
     """The same forward with the latents as rows of the embedding matrix; no hook takes part."""
+    return reference_model(model, batch, latents)[1]
+
+
+def reference_model(model: Any, batch: dict[str, Tensor], latents: LatentBatch) -> tuple[Any, Tensor]:
+    """The model with the longer embedding matrix, and its logits of the old tokens."""
     model = copy.deepcopy(model)
     vocabulary = input_embeddings(model).weight.shape[0]
     rows, columns = latents.mask.nonzero(as_tuple=True)
@@ -77,7 +82,7 @@ def reference(model: Any, batch: dict[str, Tensor], latents: LatentBatch) -> Ten
         input_embeddings(model).weight[vocabulary:] = latents.values[rows, columns]
     ids = batch["input_ids"].clone()
     ids[rows, latents.positions[rows, columns]] = vocabulary + torch.arange(len(rows))
-    return model(**{**batch, "input_ids": ids}).logits[..., :vocabulary]
+    return model, model(**{**batch, "input_ids": ids}).logits[..., :vocabulary]
 
 
 def seen(batch: dict[str, Tensor], logits: Tensor) -> Tensor:
@@ -288,6 +293,22 @@ def count_passes(model: nn.Module) -> list[int]:
 
     layer.register_forward_pre_hook(count)  # a recomputation stops before the last module of a layer returns
     return passes
+
+
+def test_gradients_to_the_model_equal_those_of_the_reference(case: Case) -> None:
+    other, logits = reference_model(case.model, case.batch, case.latents)
+    seen(case.batch, logits).square().mean().backward()
+    seen(case.batch, case.logits()).square().mean().backward()
+    expected = {name: parameter.grad for name, parameter in other.named_parameters()}
+    for name, parameter in case.model.named_parameters():
+        if parameter.grad is None:
+            assert expected[name] is None, name
+            continue
+        wanted = expected[name][: len(parameter)]  # without the rows of the latents
+        assert torch.allclose(parameter.grad, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max())), name
+    gradient = input_embeddings(case.model).weight.grad
+    assert gradient[case.markers.start].abs().max() > 0
+    assert gradient[case.markers.slot].abs().max() == 0  # a latent stands on every slot
 
 
 def test_no_gradient_where_none_is_asked_for(case: Case) -> None:

@@ -123,16 +123,24 @@ def test_an_entry_of_the_vocabulary_that_text_never_yields_is_no_marker(tokenize
 def test_added_markers_bind_and_a_resized_model_looks_them_up(load_tiny: Callable[..., tuple[Any, Any]]) -> None:
     model, processor = load_tiny("qwen2_5_vl", latent_formats=("lvr",))
     tokenizer, monet = processor.tokenizer, get_format("monet")
-    lvr_before = get_format("lvr").bind(tokenizer)
+    lvr_before, special_before = get_format("lvr").bind(tokenizer), set(tokenizer.all_special_tokens)
     assert monet.add_tokens(tokenizer) == 3
     assert monet.add_tokens(tokenizer) == 0
     ids = monet.bind(tokenizer)
-    assert get_format("lvr").bind(tokenizer) == lvr_before  # other special tokens keep their place
+    assert get_format("lvr").bind(tokenizer) == lvr_before
+    assert set(tokenizer.all_special_tokens) == special_before | set(monet.tokens)
     tokens = torch.tensor([ids.span(3)])
     with pytest.raises(IndexError):
         model(input_ids=tokens)
     model.resize_token_embeddings(len(tokenizer))
     assert model(input_ids=tokens).logits.shape == (1, len(ids.span(3)), len(tokenizer))
+
+
+def test_the_table_in_the_documentation_is_what_the_code_says() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8").replace("\\|", "|")
+    for preset in PRESETS.values():
+        row = f"| `{preset.name}` | `{' '.join(preset.tokens)}` | {preset.k} | {preset.length} | {preset.first} |"
+        assert row in text
 
 
 # ---- refusals
