@@ -2,9 +2,9 @@
 
     python benchmarks/hf_engine.py [--device cuda] [--repeats 5] [--tokens 48]
 
-Two runs of different length are subtracted, so that prefill and set-up cancel out. Engine and `generate` take turns, and
-the ratio is that of the medians: the machine's mood hits both. `text` draws ordinary tokens, `latents` feeds its own
-hidden state at every step. Both sides sample at temperature 1. The last line is JSON; the bar is a ratio of 1.2.
+Two runs of different length are subtracted, so that prefill and set-up cancel out. Engine and `generate` take turns,
+and the ratio is that of the medians: the machine's mood hits both. `text` draws ordinary tokens, `latents` feeds its
+own hidden state at every step. Both sides sample at temperature 1. The last line is JSON; the bar is a ratio of 1.2.
 """
 
 from __future__ import annotations

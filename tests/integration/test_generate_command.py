@@ -86,7 +86,7 @@ def test_interventions_from_the_shell(ask, tmp_path):
     own = json.loads(ask(*base, "--save-latents", str(file))[1])["answers"][0]
     assert own["latents"] >= 3
     extra = {"oracle": ["--oracle-box", "0,0,42,28"], "plain_tokens": ["--filler", " red"]}
-    extra |= dict.fromkeys(("given", "swap", "mean"), ["--vectors", str(file)])
+    extra |= {kind: ["--vectors", str(file)] for kind in ("given", "swap", "mean")}
     for kind in INTERVENTIONS:
         code, out, _ = ask(*base, "--intervention", kind, *extra.get(kind, []))
         assert code == 0

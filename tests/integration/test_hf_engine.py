@@ -137,8 +137,8 @@ def test_bf16_returns_the_rounded_vectors_that_were_fed(load_tiny):
     assert all(r.latents.dtype is torch.bfloat16 for r in rollouts)
     assert report.latents > 6
     # bf16 keeps 8 bits: the parallel forward rounds in another order.
-    assert report.max_dh < 0.3 < report.control_dh
-    assert report.max_dlogp < 0.5 < report.control_dlogp
+    assert report.max_dh < 0.15 < 1 < report.control_dh
+    assert report.max_dlogp < 0.15 < 1 < report.control_dlogp
 
 
 # ---- rows do not influence each other

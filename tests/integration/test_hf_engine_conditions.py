@@ -130,5 +130,5 @@ def test_what_is_missing_is_said(forced):
         run_condition(engine, requests, SAMPLED, Intervention.SWAP, answers=["a", "b"])
     with pytest.raises(UserError, match="more than half"):
         run_condition(engine, requests, replace(SAMPLED, max_tokens=5), Intervention.SWAP, answers=["a"] * 6)
-    with pytest.raises(UserError, match="request 0: .*needs vectors"):
+    with pytest.raises(UserError, match=r"request 0: .*needs vectors"):
         run_condition(engine, requests, SAMPLED, Intervention.GIVEN)
