@@ -5,7 +5,7 @@ Everything that does not depend on the weights happens here. Oracle vectors depe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from rl_lvr.data.records import LatentTarget, Record
 from rl_lvr.data.schema import LATENT
 from rl_lvr.errors import UserError
-from rl_lvr.latents.format import FormatIds
+from rl_lvr.latents.format import FormatIds, LatentFormat
 from rl_lvr.latents.spans import SpanStatus, find_spans, span_masks
 from rl_lvr.models import Family
 from rl_lvr.models.oracle import WHOLE, crop, latent_groups
@@ -51,6 +51,27 @@ class Encoded:
     targets: tuple[SpanTarget, ...] = ()
     target_images: dict[str, Tensor] | None = None
     """Image inputs of auxiliary target images, which do not enter the prompt."""
+
+
+def span_length(record: Record, index: int, latent_format: LatentFormat) -> int:
+    """Latents of a record's span: k of the format; in `free` length as many as targets, if there are several."""
+    k = latent_format.k
+    count = len(record.latents[index]) if record.latents else 0
+    if latent_format.length == "free" and 1 < count <= k:
+        return count
+    if count and k % count:
+        raise UserError(
+            f"record {record.id!r}: a span of {k} latents cannot share {count} targets evenly; "
+            f"set latent_k to a multiple of {count}, or give one target per span."
+        )
+    return k
+
+
+def check_spans(records: Iterable[Record], latent_format: LatentFormat) -> None:
+    """Refuse records whose targets do not fit the format, before a model is loaded for them."""
+    for record in records:
+        for index in range(len(record.latents or ())):
+            span_length(record, index, latent_format)
 
 
 class Encoder:
@@ -120,9 +141,8 @@ class Encoder:
     def _span_texts(self, record: Record) -> Iterator[str]:
         if self.markers is None:
             return
-        targets = record.targets
         for index in range(record.spans):
-            yield self.markers.format.text(self._k(record, targets[index]) if targets else None)
+            yield self.markers.format.text(span_length(record, index, self.markers.format))
 
     def _expand(self, text: str, role: str, spans: Iterator[str]) -> str:
         if role != "assistant" or LATENT not in text:
@@ -131,19 +151,6 @@ class Encoder:
         if self.markers is None:
             return "".join(pieces)
         return "".join(piece + next(spans) for piece in pieces[:-1]) + pieces[-1]
-
-    def _k(self, record: Record, target: LatentTarget) -> int:
-        """Latents of a span: k of the format; in `free` length as many as there are targets, if there are several."""
-        assert self.markers is not None
-        k, count = self.markers.format.k, max(len(target.boxes), len(target.aux_images))
-        if self.markers.format.length == "free" and 1 < count <= k:
-            return count
-        if count and k % count:
-            raise UserError(
-                f"record {record.id!r}: a span of {k} latents cannot share {count} targets evenly; "
-                f"set latent_k to a multiple of {count}, or give one target per span."
-            )
-        return k
 
     # ---- numbers
 
@@ -154,8 +161,7 @@ class Encoder:
         if not all(counts):  # processors want an image in every row, or in none
             return [self._process([t], [i])[0] for t, i in zip(texts, images, strict=True)]
         batch = self.processor(text=texts, images=images, add_special_tokens=False)
-        pixels = {key: torch.as_tensor(np.asarray(batch[key])) for key in self.family.image_keys if key in batch}
-        return list(zip(batch["input_ids"], self.family.split_images(pixels, counts), strict=True))
+        return list(zip(batch["input_ids"], self.family.split_images(batch, counts), strict=True))
 
     def _one(self, record: Record, prompt: list[int], completion: str, images: dict[str, Tensor]) -> Encoded:
         answer = self.tokenizer(completion, add_special_tokens=False)["input_ids"] if completion else []

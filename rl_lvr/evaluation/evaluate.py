@@ -59,11 +59,14 @@ def evaluate(
     records = load_records(data_file, limit)
     model, processor = load_model(model_path)
     stored = LatentFormat.load(model_path)
-    if format_name is None and stored is None:
-        raise UserError(f"{model_path} was trained without latents: name a format with --format.")
-    latent_format = stored if format_name is None else get_format(format_name)
     if stored is not None:
-        latent_format.check_against(stored, model_path)
+        if format_name not in (None, stored.name):
+            raise UserError(f"{model_path} was trained with latent format {stored.name!r}, not {format_name!r}.")
+        latent_format = stored
+    elif format_name is not None:
+        latent_format = get_format(format_name)
+    else:
+        raise UserError(f"{model_path} was trained without latents: name a format with --format.")
     family = family_of(model)
     tokenizer = getattr(processor, "tokenizer", processor)
     markers = latent_format.bind(tokenizer, family.placeholder_ids(tokenizer))

@@ -86,6 +86,13 @@ def attach_feedback(
     base.add_module(NAME, module.to(embedding.weight.device, embedding.weight.dtype))
 
 
+def restore_feedback(model: nn.Module, folder: str | Path) -> None:
+    """Load the weights of an attached feedback module from a checkpoint; a model without one is left alone."""
+    module = getattr(unwrapped(model), NAME, None)
+    if module is not None:
+        _load(module, _stored(folder), folder)
+
+
 @contextmanager
 def _whole(weight: Tensor) -> Iterator[None]:
     """Gathers a weight that ZeRO-3 has spread over the ranks: what is left of it here is empty."""

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, ProgressCallback, set_seed
 from transformers.utils import logging as transformers_logging
 from trl import ModelConfig, get_peft_config
 
 from rl_lvr.data.cache import encoded_records, file_digest
 from rl_lvr.data.check import require_valid
-from rl_lvr.data.encoding import Encoded, Encoder
+from rl_lvr.data.encoding import Encoded, Encoder, check_spans
 from rl_lvr.data.records import Records, load_records
 from rl_lvr.errors import UserError
 from rl_lvr.evaluation.accuracy import AnswerSet
@@ -26,7 +26,7 @@ from rl_lvr.models import family_of, load_model
 from rl_lvr.rollout.hf import HFRolloutEngine
 from rl_lvr.training.callbacks import Interrupt, LatentAccuracy, MetricsFile, Progress, StopAt
 from rl_lvr.training.config import LatentSFTConfig
-from rl_lvr.training.run import open_run, write_run
+from rl_lvr.training.run import clear_run, open_run, write_run
 from rl_lvr.training.sft import LatentSFTTrainer
 
 
@@ -50,14 +50,17 @@ def train_sft(config: LatentSFTConfig, model_config: ModelConfig, given: dict[st
         raise UserError("model_name_or_path is missing: name the model to start from.")
     stop_at = [StopAt(config.stop_at)] if config.stop_at else []
     checkpoint = open_run(config.output_dir, config.resume_from_checkpoint, config.overwrite)
-    files = [path for path in (config.train_file, config.eval_file) if path]
-    for path in files:
+    chosen = _format(config, model_config.model_name_or_path)
+    for path in filter(None, (config.train_file, config.eval_file)):
         require_valid(path)
+        if chosen is not None:
+            check_spans(load_records(path), chosen)
 
     transformers_logging.set_verbosity_error()
     if config.threads:
         torch.set_num_threads(config.threads)
-    model, processor, markers = _model(config, model_config)
+    set_seed(config.seed)  # new tokens and projectors are drawn here, before TRL sets the seed
+    model, processor, markers = _model(config, model_config, chosen)
     family = family_of(model)
     encoder = Encoder(processor, family, model, markers, crops=config.oracle == "crop")
     train = _encoded(load_records(config.train_file, config.train_limit), encoder, config, config.train_file)
@@ -89,6 +92,8 @@ def train_sft(config: LatentSFTConfig, model_config: ModelConfig, given: dict[st
         accuracy.trainer = trainer
         trainer.add_callback(accuracy)
     if trainer.is_world_process_zero():
+        if config.overwrite and checkpoint is None:
+            clear_run(config.output_dir)
         write_run(config.output_dir, "sft", given, {"training": config.to_dict(), "model": vars(model_config)})
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -110,7 +115,17 @@ def train_sft(config: LatentSFTConfig, model_config: ModelConfig, given: dict[st
     return 0
 
 
-def _model(config: LatentSFTConfig, model_config: ModelConfig) -> tuple[torch.nn.Module, Any, FormatIds | None]:
+def _format(config: LatentSFTConfig, path: str) -> LatentFormat | None:
+    stored = LatentFormat.load(path)
+    chosen = config.format_of(stored)
+    if stored is not None and chosen is not None:
+        chosen.check_against(stored, path)
+    return chosen
+
+
+def _model(
+    config: LatentSFTConfig, model_config: ModelConfig, chosen: LatentFormat | None
+) -> tuple[torch.nn.Module, Any, FormatIds | None]:
     path = model_config.model_name_or_path
     dtype = model_config.dtype or "float32"
     model, processor = load_model(
@@ -119,12 +134,8 @@ def _model(config: LatentSFTConfig, model_config: ModelConfig) -> tuple[torch.nn
         trust_remote_code=config.trust_remote_code,
         attn_implementation=model_config.attn_implementation,
     )
-    stored = LatentFormat.load(path)
-    chosen = config.format_of(stored)
     if chosen is None:
         return model, processor, None
-    if stored is not None:
-        chosen.check_against(stored, path)
     tokenizer = getattr(processor, "tokenizer", processor)
     if config.add_marker_tokens and chosen.add_tokens(tokenizer):
         model.resize_token_embeddings(max(len(tokenizer), model.get_input_embeddings().weight.shape[0]))

@@ -44,15 +44,21 @@ def open_run(output_dir: str, resume: str | None, overwrite: bool) -> str | None
             )
         return checkpoint
     if overwrite and earlier:
-        shutil.rmtree(folder)
-    elif earlier:
+        return None
+    if earlier:
         cure = "resume it with --resume_from_checkpoint latest, " if last else ""
         raise UserError(
             f"{output_dir} holds an earlier run: {cure}choose another output_dir, or delete it with --overwrite true."
         )
-    elif folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"output_dir {output_dir} is not empty and holds no run of rl-lvr: choose another folder.")
     return None
+
+
+def clear_run(output_dir: str) -> None:
+    """Delete an earlier run, once everything about the new one has been checked."""
+    if (Path(output_dir) / RUN_FILE).is_file():
+        shutil.rmtree(output_dir)
 
 
 def write_run(output_dir: str, verb: str, given: dict[str, Any], resolved: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset
 from transformers import TrainerCallback
@@ -21,12 +22,14 @@ from trl import SFTTrainer
 
 from rl_lvr.data.encoding import Collator, Encoded, TargetBatch
 from rl_lvr.data.targets import target_vectors
+from rl_lvr.errors import UserError
 from rl_lvr.latents.batch import LatentBatch
-from rl_lvr.latents.feedback import feedback
+from rl_lvr.latents.feedback import NAME as FEEDBACK
+from rl_lvr.latents.feedback import feedback, restore_feedback
 from rl_lvr.latents.format import FormatIds
 from rl_lvr.latents.inject import inject
 from rl_lvr.latents.spans import span_masks
-from rl_lvr.models import Family
+from rl_lvr.models import Family, load_model
 from rl_lvr.training.config import LatentSFTConfig
 from rl_lvr.training.objectives import LatentPairs, latent_objective
 
@@ -198,6 +201,24 @@ class LatentSFTTrainer(SFTTrainer):
         )
 
     # ---- checkpoints
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Restore all weights, or refuse.
+
+        transformers 5.17 compares the file's names with the module's, and does not translate: `visual.*` on disk is
+        `model.visual.*` in the module. It then restores nothing of a Qwen2.5-VL, and only warns.
+        """
+        target = self.model if model is None else model
+        if isinstance(target, PeftModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        stored, _ = load_model(resume_from_checkpoint, dtype=target.dtype)
+        found = target.load_state_dict(stored.state_dict(), strict=False)
+        missing = [name for name in found.missing_keys if not name.startswith(f"{FEEDBACK}.")]
+        if missing or found.unexpected_keys:
+            names = ", ".join([*missing, *found.unexpected_keys][:3])
+            raise UserError(f"checkpoint {resume_from_checkpoint} does not belong to this model: {names} do not match.")
+        restore_feedback(target, resume_from_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """The format goes beside every checkpoint, so that no other one is used with it by mistake."""

@@ -1,0 +1,91 @@
+"""A small lab for tests: a tiny model with random weights, puzzles on disk, and the command line in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rl_lvr import cli
+from rl_lvr.data.encoding import Collator, Encoder
+from rl_lvr.data.puzzles import PuzzleConfig, generate
+from rl_lvr.data.writing import write_parquet
+from rl_lvr.lab.tiny import TinySpec, build_tiny
+from rl_lvr.latents.format import get_format
+from rl_lvr.models import family_of, load_model
+
+PUZZLES = PuzzleConfig(rows=2, cols=3, hops=3, cell_px=28)
+
+
+def write_puzzles(folder: Path, train: int = 48, test: int = 12, **changes: Any) -> Path:
+    """train.parquet and test.parquet in `folder`."""
+    config = PuzzleConfig(**{**vars(PUZZLES), **changes})
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, count in (("train", train), ("test", test)):
+        write_parquet(generate(config, count, split), folder / f"{split}.parquet")
+    return folder
+
+
+def build_model(folder: Path, family: str = "qwen2_5_vl", **changes: Any) -> Path:
+    """A model whose tokenizer knows the puzzles' words and the markers of two formats."""
+    spec = {"words": PUZZLES.words, "latent_formats": ("lvr", "lantern"), "init_std": 0.1, **changes}
+    return build_tiny(TinySpec(family, **spec), folder)
+
+
+def sft(model: Path, data: Path, out: Path, **settings: Any) -> int:
+    """`rl-lvr sft` with small settings; returns its exit code."""
+    defaults: dict[str, Any] = {
+        "model_name_or_path": model,
+        "train_file": data / "train.parquet",
+        "output_dir": out,
+        "latent_format": "lvr",
+        "latent_k": 3,
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "threads": 1,
+    }
+    arguments = ["sft"]
+    for key, value in {**defaults, **settings}.items():
+        if value is not None:
+            arguments += [f"--{key}", *([str(v) for v in value] if isinstance(value, list) else [str(value)])]
+    return cli.main(arguments)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint."""
+    from safetensors.torch import load_file
+
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+def same(a: Path, b: Path) -> bool:
+    """Whether two checkpoints hold the same tensors, bit for bit."""
+    left, right = weights(a), weights(b)
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+class Bench:
+    """A model, an encoder and a collated batch of puzzles, without a trainer."""
+
+    def __init__(self, model_folder: Path, count: int = 4, *, k: int = 3, crops: bool = False, **format_changes: Any):
+        self.model, self.processor = load_model(model_folder, dtype=torch.float32)
+        self.family = family_of(self.model)
+        self.tokenizer = self.processor.tokenizer
+        self.markers = get_format("lvr", k=k, **format_changes).bind(
+            self.tokenizer, self.family.placeholder_ids(self.tokenizer)
+        )
+        self.records = generate(PUZZLES, count, "train")
+        self.encoder = Encoder(self.processor, self.family, self.model, self.markers, crops=crops)
+        self.encoded = self.encoder.encode(self.records)
+
+    def batch(self) -> dict[str, Any]:
+        collate = Collator(self.encoded, self.family, self.tokenizer.pad_token_id)
+        return collate([{"index": i} for i in range(len(self.encoded))])
