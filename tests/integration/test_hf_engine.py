@@ -379,13 +379,13 @@ def test_free_length_is_a_decision_with_its_own_probability(qwen):
     markers = engine.markers
     request = qwen.requests()[0]
     requests = [replace(request, prompt_ids=[*request.prompt_ids, markers.start], seed=i) for i in range(200)]
-    raw = []
-    handle = qwen.family.head(qwen.model).register_forward_hook(lambda m, a, out: raw.append(out.detach()))
+    raw: list[torch.Tensor] = []
+    handle = qwen.family.head(qwen.model).register_forward_hook(lambda module, inputs, out: raw.append(out))
     with qwen.bias({markers.end: 5.0}):
         rollouts = engine.generate(requests, replace(SAMPLED, max_tokens=7))
-        handle.remove()
-    logits = raw[0][0].float()
-    logits[markers.end] += 5.0 if raw[0][0, markers.end] == logits[markers.end] else 0.0
+    handle.remove()
+    logits = raw[0][0].clone()  # all rows have the same prompt; taken before the bias is added
+    logits[markers.end] += 5.0
     probability = logits.softmax(-1)[markers.end]
     stops = [r for r in rollouts if r.completion_ids[0] == markers.end]
     assert 0.05 < probability < 0.95
