@@ -34,9 +34,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit code."""
     parser = build_parser()
-    arguments, arguments.rest = parser.parse_known_args(argv)
-    if arguments.rest and not arguments.pass_through:
-        parser.error(f"unrecognized arguments: {' '.join(arguments.rest)}")
+    arguments, rest = parser.parse_known_args(argv)
+    arguments.rest = rest
+    if rest and not arguments.pass_through:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return arguments.run(arguments)
     except UserError as error:

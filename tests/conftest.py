@@ -33,9 +33,7 @@ def load_tiny(tiny_folder: Callable[..., Path]) -> Callable[..., tuple[Any, Any]
 
     def load(family: str, **changes: Any) -> tuple[Any, Any]:
         folder = tiny_folder(family, **changes)
-        return AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(
-            folder
-        )
+        return AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
 
     return load
 

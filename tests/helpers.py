@@ -32,9 +32,7 @@ def make_batch(
         texts.append(text + (replies[index] if replies else ""))
     # One list per row that has images: LLaVA-OneVision treats rows of several images differently.
     images = [list(row_images) for row_images, _ in rows if row_images]
-    batch = processor(
-        text=texts, images=images or None, padding=True, padding_side=padding_side, return_tensors="pt"
-    )
+    batch = processor(text=texts, images=images or None, padding=True, padding_side=padding_side, return_tensors="pt")
     return dict(batch)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 HELP = "build a tiny model from scratch, measure it, and run the demo"
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
@@ -36,6 +37,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     demo.add_argument("--out", default="runs/demo", help="folder of models, tables and the picture")
     demo.add_argument("--seeds", type=int, default=1, help="how many models of each kind")
     demo.add_argument("--family", choices=FAMILIES, default="qwen2_5_vl")
+    demo.add_argument("--train", type=int, default=24000, help="training puzzles per set")
+    demo.add_argument("--test", type=int, default=1000, help="held-out puzzles per set")
+    demo.add_argument("--max-steps", type=int, help="cut every training run short: a quick look, no result")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -108,7 +112,14 @@ def _demo(arguments: argparse.Namespace) -> int:
     if arguments.seeds < 1:
         raise UserError(f"--seeds is {arguments.seeds}; it must be at least 1.")
     out = Path(arguments.out)
-    summary = run_demo(out, arguments.seeds, DemoConfig(family=arguments.family))
+    config = DemoConfig(
+        family=arguments.family, train=arguments.train, test=arguments.test, max_steps=arguments.max_steps
+    )
+    try:
+        summary = run_demo(out, arguments.seeds, config)
+    except KeyboardInterrupt:
+        print("rl-lvr: stopped; the same command goes on from here.", file=sys.stderr)
+        return 130
     print(table(summary))
     print(f"{out / 'summary.json'}\n{out / 'demo.png'}")
     return 0

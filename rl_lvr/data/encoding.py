@@ -241,9 +241,13 @@ class TargetBatch:
     """Image inputs of the auxiliary images of all rows."""
 
     def to(self, device: torch.device) -> TargetBatch:
-        aux = {key: value.to(device) for key, value in self.aux_images.items()}
-        moved = (t.to(device) for t in (self.rows, self.positions, self.images, self.tokens))
-        return TargetBatch(*moved, aux)
+        return TargetBatch(
+            self.rows.to(device),
+            self.positions.to(device),
+            self.images.to(device),
+            self.tokens.to(device),
+            {key: value.to(device) for key, value in self.aux_images.items()},
+        )
 
 
 class Collator:
@@ -254,13 +258,14 @@ class Collator:
     image columns it would process itself.
     """
 
-    def __init__(self, encoded: Sequence[Encoded], family: Family, pad_id: int) -> None:
-        self.encoded = encoded
+    def __init__(self, sets: Sequence[Sequence[Encoded]], family: Family, pad_id: int) -> None:
+        """Row numbers count through the `sets`, one after another."""
+        self.sets = sets
         self.family = family
         self.pad_id = pad_id
 
     def __call__(self, examples: list[dict[str, int]]) -> dict[str, Any]:
-        rows = [self.encoded[example["index"]] for example in examples]
+        rows = [self._row(example["index"]) for example in examples]
         width = max(len(row.input_ids) for row in rows)
         ids = torch.full((len(rows), width), self.pad_id)
         labels = torch.full((len(rows), width), IGNORED)
@@ -272,6 +277,13 @@ class Collator:
         batch |= self.family.join_images([row.images for row in rows if row.images])
         batch["targets"] = self._targets(rows)
         return batch
+
+    def _row(self, index: int) -> Encoded:
+        for rows in self.sets:
+            if index < len(rows):
+                return rows[index]
+            index -= len(rows)
+        raise IndexError(index)
 
     def _targets(self, rows: list[Encoded]) -> TargetBatch:
         main = [self.family.count_images(row.images) for row in rows]

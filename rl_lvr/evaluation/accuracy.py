@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from rl_lvr.data.encoding import Collator, Encoded
 from rl_lvr.data.targets import target_vectors
 from rl_lvr.evaluation.matching import matches
+from rl_lvr.latents.inject import input_embeddings
 from rl_lvr.latents.interventions import Intervention
 from rl_lvr.models import Family
 from rl_lvr.rollout.conditions import run_condition
@@ -38,7 +40,7 @@ class AnswerSet:
         encoded: Sequence[Encoded],
         answers: Sequence[str],
         family: Family,
-        tokenizer,
+        tokenizer: Any,
         batch_size: int = 64,
     ) -> None:
         self.encoded = encoded
@@ -53,8 +55,8 @@ class AnswerSet:
 
     def oracles(self, model: nn.Module) -> list[Tensor]:
         """The target vectors [k, H] of each record's completion, in order of position."""
-        device = model.get_input_embeddings().weight.device
-        collate = Collator(self.encoded, self.family, 0)
+        device = input_embeddings(model).weight.device
+        collate = Collator([self.encoded], self.family, 0)
         found: list[Tensor] = []
         for start in range(0, len(self), self.batch_size):
             rows = range(start, min(start + self.batch_size, len(self)))
@@ -78,16 +80,16 @@ class AnswerSet:
         self, engine: RolloutEngine, model: nn.Module, conditions: Sequence[Intervention], sampling: Sampling
     ) -> dict[str, Scored]:
         """Every condition on every prompt. Own latents are made once and serve the conditions built from them."""
-        own = run_condition(engine, self.requests, sampling, Intervention.OWN)
+        needs_own = {Intervention.OWN, Intervention.SWAP, Intervention.MEAN} & set(conditions)
+        own = run_condition(engine, self.requests, sampling, Intervention.OWN) if needs_own else None
         oracles = self.oracles(model) if Intervention.ORACLE in conditions else None
         scored = {}
         for condition in conditions:
-            rollouts = (
-                own
-                if condition is Intervention.OWN
-                else run_condition(
+            if condition is Intervention.OWN and own is not None:
+                rollouts = own
+            else:
+                rollouts = run_condition(
                     engine, self.requests, sampling, condition, oracles=oracles, answers=self.answers, own=own
                 )
-            )
             scored[condition.value] = self.score(rollouts)
         return scored

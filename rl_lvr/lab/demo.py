@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -34,6 +35,8 @@ class DemoConfig:
     hops: int = 6
     train: int = 24000
     test: int = 1000
+    max_steps: int | None = None
+    """Steps of every training run, for a quick look; None takes the recipes'."""
 
     def puzzles(self, name: str) -> PuzzleConfig:
         """The puzzles of a set by name."""
@@ -61,12 +64,12 @@ class Stage:
     def finished(self) -> bool:
         return (self.folder / "trainer_state.json").is_file()
 
-    def command(self, seed: int) -> list[str]:
-        more = []
+    def command(self, seed: int, max_steps: int | None) -> list[str]:
+        more = [] if max_steps is None else ["--max_steps", str(max_steps)]
         if any(self.folder.glob("checkpoint-*/trainer_state.json")):
-            more = ["--resume_from_checkpoint", "latest"]
-        elif self.folder.exists():
-            more = ["--overwrite", "true"]
+            more += ["--resume_from_checkpoint", "latest"]
+        elif (self.folder / "run.json").is_file():
+            more += ["--overwrite", "true"]
         return [
             *(
                 "sft",
@@ -99,6 +102,7 @@ def run_demo(out: Path, seeds: int, config: DemoConfig) -> dict[str, Any]:
             f"the demo reads its recipes from {RECIPES}, which is not there: run it in a clone of the repository."
         )
     _claim(out, config)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the children the way Ctrl-C does
     demo = _Demo(out, config)
     demo.prepare_data()
     results = []
@@ -130,7 +134,6 @@ class _Demo:
     def __init__(self, out: Path, config: DemoConfig) -> None:
         self.out = out
         self.config = config
-        self.began = time.monotonic()
         self.cores = len(os.sched_getaffinity(0))
 
     # ---- processes
@@ -244,7 +247,7 @@ class _Demo:
                             running[lane] = stage = queue.pop(0)
                             if not stage.finished:
                                 log = stage.folder.with_suffix(".txt")
-                                stage.process = self._command(stage.command(seed), log)
+                                stage.process = self._command(stage.command(seed, self.config.max_steps), log)
                         if stage is None:
                             continue
                         step, row = stage.step()

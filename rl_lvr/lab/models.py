@@ -34,7 +34,7 @@ def build_lab_model(
         heads=4,
         kv_heads=2,
         intermediate=2 * hidden,
-        vision_depth=1,
+        vision_depth=2,
         vision_hidden=64,
         vision_heads=2,
         patch=PATCH,

@@ -13,14 +13,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rl_lvr import progress
 from rl_lvr.errors import UserError
 from rl_lvr.evaluation.accuracy import AnswerSet
 from rl_lvr.latents.interventions import Intervention
 from rl_lvr.rollout.types import RolloutEngine, Sampling
-from rl_lvr.training.config import LatentSFTConfig
 
 
 class MetricsFile(TrainerCallback):
@@ -164,17 +163,20 @@ class LatentAccuracy(TrainerCallback):
     Every process answers the same records: under ZeRO-3 each forward pass needs all of them.
     """
 
-    def __init__(self, answers: AnswerSet, engine: RolloutEngine, args: LatentSFTConfig) -> None:
-        self.answers = answers
+    def __init__(self, questions: AnswerSet, engine: RolloutEngine, trainer: Trainer) -> None:
+        self.questions = questions
         self.engine = engine
-        self.conditions = [Intervention(name) for name in args.latent_eval_conditions]
-        self.sampling = Sampling(max_tokens=args.latent_eval_max_tokens, temperature=0.0, seed=args.seed)
-        self.trainer: Any = None  # set once the trainer exists: only it may log
+        self.trainer = trainer  # whose `log` reaches all trackers
+        self.every: int = trainer.args.latent_eval_steps
+        self.conditions = [Intervention(name) for name in trainer.args.latent_eval_conditions]
+        self.sampling = Sampling(
+            max_tokens=trainer.args.latent_eval_max_tokens, temperature=0.0, seed=trainer.args.seed
+        )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.global_step % args.latent_eval_steps and state.global_step < state.max_steps:
+        if state.global_step % self.every and state.global_step < state.max_steps:
             return
-        scored = self.answers.answer(self.engine, self.trainer.model, self.conditions, self.sampling)
+        scored = self.questions.answer(self.engine, self.trainer.model, self.conditions, self.sampling)
         logs = {f"latent/accuracy_{name}": result.accuracy for name, result in scored.items()}
         own = scored.get(Intervention.OWN.value)
         if own is not None:

@@ -32,8 +32,11 @@ EVAL_CONDITIONS = tuple(
 class LatentSFTConfig(SFTConfig):
     """Settings of `rl-lvr sft`. Everything of TRL's `SFTConfig` works as well."""
 
-    output_dir: str | None = field(default=None, metadata={"help": "Folder of this run."})
+    output_dir: str = field(default="", metadata={"help": "Folder of this run."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade time for memory."})
+    bf16: bool | None = field(
+        default=None, metadata={"help": "Mixed precision in bfloat16. Default: yes on a GPU, no on a CPU."}
+    )
     overwrite: bool = field(default=False, metadata={"help": "Delete an earlier run in output_dir first."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads of torch; default: torch's own choice."})
     stop_at: str | None = field(
@@ -42,9 +45,7 @@ class LatentSFTConfig(SFTConfig):
     )
 
     # data
-    train_file: str | None = field(
-        default=None, metadata={"help": "Records to train on: .jsonl, .parquet, or a saved dataset."}
-    )
+    train_file: str = field(default="", metadata={"help": "Records to train on: .jsonl, .parquet, or a saved dataset."})
     eval_file: str | None = field(default=None, metadata={"help": "Records to evaluate on."})
     train_limit: int | None = field(default=None, metadata={"help": "Use only the first records."})
     processed_cache: bool = field(
@@ -104,9 +105,9 @@ class LatentSFTConfig(SFTConfig):
     latent_eval_batch: int = field(default=64, metadata={"help": "Rows decoded together in that evaluation."})
 
     def __post_init__(self) -> None:
-        if self.output_dir is None:
+        if not self.output_dir:
             raise UserError("output_dir is missing: name the folder of this run.")
-        if self.train_file is None:
+        if not self.train_file:
             raise UserError("train_file is missing: name the records to train on.")
         for name, allowed in (("oracle", ("tokens", "crop")), ("latent_weight_schedule", SCHEDULES)):
             if getattr(self, name) not in allowed:
@@ -126,11 +127,11 @@ class LatentSFTConfig(SFTConfig):
         self.objective = parse_objective(self.latent_objective)
         # Our datasets hold row numbers, and our collator reads what they point to.
         self.remove_unused_columns = False
-        self.dataset_kwargs = {**(self.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        self.dataset_kwargs = {"skip_prepare_dataset": True}
         self.max_length = None
         self.prediction_loss_only = True  # logits would take a second forward pass, without its latents
-        if self.bf16 is None:  # TRL's default is True, which on a CPU only costs accuracy
-            self.bf16 = not self.fp16 and torch.cuda.is_available()
+        if self.bf16 is None and not torch.cuda.is_available():
+            self.bf16 = False
         self.disable_tqdm = True  # callbacks.Progress draws the bar
         super().__post_init__()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,33 +45,34 @@ class LazyEncoded(Sequence[Encoded]):
 
 def train_sft(config: LatentSFTConfig, model_config: ModelConfig, given: dict[str, Any]) -> int:
     """Train as the recipe says; returns the exit code."""
-    if model_config.model_name_or_path is None:
+    path = model_config.model_name_or_path
+    if not path:
         raise UserError("model_name_or_path is missing: name the model to start from.")
     stop_at = [StopAt(config.stop_at)] if config.stop_at else []
     checkpoint = open_run(config.output_dir, config.resume_from_checkpoint, config.overwrite)
-    chosen = _format(config, model_config.model_name_or_path)
-    for path in filter(None, (config.train_file, config.eval_file)):
-        require_valid(path)
+    chosen = _format(config, path)
+    for file in filter(None, (config.train_file, config.eval_file)):
+        require_valid(file)
         if chosen is not None:
-            check_spans(load_records(path), chosen)
+            check_spans(load_records(file), chosen)
 
     transformers_logging.set_verbosity_error()
     if config.threads:
         torch.set_num_threads(config.threads)
     set_seed(config.seed)  # new tokens and projectors are drawn here, before TRL sets the seed
-    model, processor, markers = _model(config, model_config, chosen)
+    model, processor, markers = _model(path, config, model_config, chosen)
     family = family_of(model)
     encoder = Encoder(processor, family, model, markers, crops=config.oracle == "crop")
     train = _encoded(load_records(config.train_file, config.train_limit), encoder, config, config.train_file)
-    evaluation, answers = None, None
+    evaluation: Sequence[Encoded] = ()
+    questions = None
     if config.eval_file:
         records = load_records(config.eval_file)
         evaluation = _encoded(records, encoder, config, config.eval_file)
         if config.latent_eval_steps:
-            answers = _answers(records, evaluation, encoder, config)
+            questions = _questions(records, evaluation, encoder, config)
 
     interrupt, bar = Interrupt(), Progress("training")
-    callbacks = [MetricsFile(Path(config.output_dir) / "metrics.jsonl"), bar, interrupt, *stop_at]
     trainer = LatentSFTTrainer(
         model,
         config,
@@ -80,17 +80,15 @@ def train_sft(config: LatentSFTConfig, model_config: ModelConfig, given: dict[st
         markers=markers,
         processor=processor,
         train=train,
-        evaluation=evaluation if config.eval_strategy != "no" else None,
-        callbacks=callbacks,
+        evaluation=evaluation if config.eval_strategy != "no" else (),
+        callbacks=[MetricsFile(Path(config.output_dir) / "metrics.jsonl"), bar, interrupt, *stop_at],
         peft_config=_peft(model_config, model, family, markers),
     )
     for shown in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(shown)
-    if answers is not None:
-        engine = HFRolloutEngine(trainer.model, processor, markers.format, batch_size=config.latent_eval_batch)
-        accuracy = LatentAccuracy(answers, engine, config)
-        accuracy.trainer = trainer
-        trainer.add_callback(accuracy)
+    if questions is not None and chosen is not None:
+        engine = HFRolloutEngine(trainer.model, processor, chosen, batch_size=config.latent_eval_batch)
+        trainer.add_callback(LatentAccuracy(questions, engine, trainer))
     if trainer.is_world_process_zero():
         if config.overwrite and checkpoint is None:
             clear_run(config.output_dir)
@@ -102,12 +100,13 @@ def train_sft(config: LatentSFTConfig, model_config: ModelConfig, given: dict[st
         interrupt.restore()
     step = trainer.state.global_step
     if interrupt.received is not None:
-        print(
-            f"stopped at step {step} of {trainer.state.max_steps}; go on with the same command and "
-            "--resume_from_checkpoint latest",
-            file=sys.stderr,
-        )
-        return 128 + signal.Signals(interrupt.received)
+        if trainer.is_world_process_zero():
+            print(
+                f"stopped at step {step} of {trainer.state.max_steps}; go on with the same command and "
+                "--resume_from_checkpoint latest",
+                file=sys.stderr,
+            )
+        return 128 + interrupt.received
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
@@ -124,9 +123,8 @@ def _format(config: LatentSFTConfig, path: str) -> LatentFormat | None:
 
 
 def _model(
-    config: LatentSFTConfig, model_config: ModelConfig, chosen: LatentFormat | None
-) -> tuple[torch.nn.Module, Any, FormatIds | None]:
-    path = model_config.model_name_or_path
+    path: str, config: LatentSFTConfig, model_config: ModelConfig, chosen: LatentFormat | None
+) -> tuple[Any, Any, FormatIds | None]:
     dtype = model_config.dtype or "float32"
     model, processor = load_model(
         path,
@@ -138,7 +136,7 @@ def _model(
         return model, processor, None
     tokenizer = getattr(processor, "tokenizer", processor)
     if config.add_marker_tokens and chosen.add_tokens(tokenizer):
-        model.resize_token_embeddings(max(len(tokenizer), model.get_input_embeddings().weight.shape[0]))
+        model.resize_token_embeddings(max(len(tokenizer), model.get_input_embeddings().num_embeddings))
     markers = chosen.bind(tokenizer, family_of(model).placeholder_ids(tokenizer))
     attach_feedback(model, chosen, path)
     return model, processor, markers
@@ -166,7 +164,7 @@ def _processor_key(processor: Any) -> str:
     return repr((tokenizer.backend_tokenizer.to_str(), processor.chat_template, image and image.to_json_string()))
 
 
-def _answers(records: Records, evaluation: Sequence[Encoded], encoder: Encoder, config: LatentSFTConfig) -> AnswerSet:
+def _questions(records: Records, evaluation: Sequence[Encoded], encoder: Encoder, config: LatentSFTConfig) -> AnswerSet:
     if encoder.markers is None:
         raise UserError("latent_eval_steps is set but latent_format is none: there are no latents to intervene on.")
     count = min(config.latent_eval_samples, len(records))

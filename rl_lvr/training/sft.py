@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
@@ -51,27 +49,27 @@ class LatentSFTTrainer(SFTTrainer):
         markers: FormatIds | None,
         processor: Any,
         train: Sequence[Encoded],
-        evaluation: Sequence[Encoded] | None = None,
+        evaluation: Sequence[Encoded] = (),
         callbacks: list[TrainerCallback] | None = None,
         peft_config: Any = None,
     ) -> None:
         self.family = family
         self.markers = markers
-        parts = family.vision_parts(model)
+        self._has_feedback = hasattr(model, FEEDBACK)
+        parameters = family.vision_parameters(model)
         for name, frozen in (("tower", args.freeze_vision_tower), ("merger", args.freeze_merger)):
-            for module in parts[name]:
-                module.requires_grad_(not frozen)
+            for parameter in parameters[name]:
+                parameter.requires_grad_(not frozen)
         tokenizer = getattr(processor, "tokenizer", processor)
         self.image_id = family.placeholder_ids(tokenizer)["image"]
-        everything = [train] if evaluation is None else [train, evaluation]
         super().__init__(
             model=model,
             args=args,
-            data_collator=Collator(ConcatDataset(everything), family, tokenizer.pad_token_id),
+            data_collator=Collator([train, evaluation], family, tokenizer.pad_token_id),
             train_dataset=Dataset.from_dict({"index": range(len(train))}),
-            eval_dataset=None
-            if evaluation is None
-            else Dataset.from_dict({"index": range(len(train), len(train) + len(evaluation))}),
+            eval_dataset=Dataset.from_dict({"index": range(len(train), len(train) + len(evaluation))})
+            if evaluation
+            else None,
             processing_class=processor,
             callbacks=callbacks,
             peft_config=peft_config,
@@ -93,102 +91,106 @@ class LatentSFTTrainer(SFTTrainer):
         if self.markers is None:
             return super().compute_loss(model, inputs, False, num_items_in_batch)
 
-        latents, pairing = self._latents(inputs, images, targets)
-        with self._states() as states, inject(model, latents, self.markers):
+        latents, vectors, tokens = self._latents(inputs, self.markers, images, targets)
+        with self._predictions(targets) as made, inject(model, latents, self.markers):
             loss = super().compute_loss(model, inputs, False, num_items_in_batch)
-        pairs = self._pairs(states[0], targets, pairing, ids)
-        extra, parts = latent_objective(pairs, self.args.objective)
+        hidden, predicted = made[0]
+        extra, parts = latent_objective(
+            self._pairs(hidden, predicted, vectors, tokens, targets, ids), self.args.objective
+        )
 
-        progress = self.state.global_step / max(self.state.max_steps, 1)
-        weight = self.args.weight_at(progress)
-        mode = "train" if self.model.training else "eval"
+        weight = self.args.weight_at(self._progress)
+        metrics = self._metrics["train" if self.model.training else "eval"]
         for name, part in parts.items():
-            self._metrics[mode][f"latent/{name}"].append(part.item())
-        self._metrics[mode]["latent/weight"].append(weight)
+            metrics[f"latent/{name}"].append(self.accelerator.gather_for_metrics(part).mean().item())
+        metrics["latent/weight"].append(weight)
         # With `num_items_in_batch` the trainer leaves gradient accumulation to the loss: this mean must share it out.
         steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
         return loss + weight * extra / steps
 
+    @property
+    def _progress(self) -> float:
+        """Fraction of training done."""
+        return self.state.global_step / max(self.state.max_steps, 1)
+
     # ---- latents of a batch
 
     def _latents(
-        self, inputs: dict[str, Any], images: dict[str, Tensor], targets: TargetBatch
-    ) -> tuple[LatentBatch, tuple[Tensor, Tensor]]:
-        """What to feed, and the target vectors [L, H] with their token indices."""
+        self, inputs: dict[str, Any], markers: FormatIds, images: dict[str, Tensor], targets: TargetBatch
+    ) -> tuple[LatentBatch, Tensor, Tensor]:
+        """What to feed; the target vectors [L, H]; and their token indices [L, G] in the image features."""
         ids = inputs["input_ids"]
-        rows, places = span_masks(ids, self.markers, inputs["attention_mask"]).latent.nonzero(as_tuple=True)
-        width = self.model.get_input_embeddings().weight.shape[-1]
-        values = torch.zeros(len(rows), width, device=ids.device)
-        known = torch.zeros(len(rows), dtype=torch.bool, device=ids.device)
-        vectors, index = values[:0], targets.tokens
+        masks = span_masks(ids, markers, inputs["attention_mask"])
+        rows, places = masks.latent.nonzero(as_tuple=True)
+        values = torch.zeros(len(rows), self.family.hidden_size, device=ids.device)
+        own = torch.ones(len(rows), dtype=torch.bool, device=ids.device)
+        vectors, tokens = values[:0], targets.tokens
         if len(targets.rows):
-            vectors, index = target_vectors(self.family, self.model, images, targets)
-            flat = torch.full(ids.shape, -1, device=ids.device)
-            flat[rows, places] = torch.arange(len(rows), device=ids.device)
-            at = flat[targets.rows, targets.positions]
+            vectors, tokens = target_vectors(self.family, self.model, images, targets)
+            number = torch.full(ids.shape, -1, device=ids.device)
+            number[rows, places] = torch.arange(len(rows), device=ids.device)
+            at = number[targets.rows, targets.positions]
             values = values.to(vectors.dtype).index_put((at,), vectors)
-            known[at] = True
-        latents = LatentBatch.from_flat(rows, places, values, len(ids))
-        own = (
-            ~LatentBatch.from_flat(rows, places, known[:, None].float(), len(ids)).values[..., 0].bool() & latents.mask
-        )
-        passes = int(own.sum(1).max()) if len(rows) else 0
+            own[at] = False
+        # A latent without a target is exact once all those before it in its row are.
+        passes = int(torch.bincount(rows, own.float()).max()) if len(rows) else 0
 
-        share = self.args.own_share_at(self.state.global_step / max(self.state.max_steps, 1))
+        share = self.args.own_share_at(self._progress)
         if share and self.model.training:
-            own |= self._last_share(rows, places, ids, share, len(ids)) & latents.mask
             self._metrics["train"]["latent/own_share"].append(share)
+            own |= _last_of_spans(rows, masks.index[rows, places], share)
             passes = max(passes, 1)  # one parallel pass, as LanteRn: predictions made under teacher forcing
         for _ in range(passes):
-            latents = self._with_own(inputs, latents, own)
-        return latents, (vectors, index)
-
-    def _last_share(self, rows: Tensor, places: Tensor, ids: Tensor, share: float, size: int) -> Tensor:
-        """[B, N] bool: the last `share` of the latents of each span."""
-        index = span_masks(ids, self.markers).index[rows, places]
-        span = rows * (int(index.max()) + 1) + index
-        counts = torch.bincount(span)
-        order = torch.arange(len(rows), device=ids.device) - (counts.cumsum(0) - counts)[span]
-        chosen = order >= counts[span] - (share * counts[span]).round()
-        return LatentBatch.from_flat(rows, places, chosen[:, None].float(), size).values[..., 0].bool()
+            values = self._with_own(inputs, markers, rows, places, values, own)
+        return LatentBatch.from_flat(rows, places, values, len(ids)), vectors, tokens
 
     @torch.no_grad()
-    def _with_own(self, inputs: dict[str, Any], latents: LatentBatch, own: Tensor) -> LatentBatch:
-        """One forward pass; `own` [B, N] latents become its predictions. Latent i is exact after i + 1 of these."""
+    def _with_own(
+        self, inputs: dict[str, Any], markers: FormatIds, rows: Tensor, places: Tensor, values: Tensor, own: Tensor
+    ) -> Tensor:
+        """`values` [N, H] at `places` [N] of `rows` [N]; where `own` [N], what one forward pass predicts there."""
         arguments = {key: value for key, value in inputs.items() if key not in ("labels", "use_cache")}
-        with inject(self.model, latents, self.markers):
+        latents = LatentBatch.from_flat(rows, places, values, len(inputs["input_ids"]))
+        with inject(self.model, latents, markers):
             hidden = self.family.core(self.model)(**arguments, use_cache=False).last_hidden_state
-        before = (latents.positions - 1).clamp_min(0)
-        rows = torch.arange(len(before), device=before.device)[:, None]
-        predicted = feedback(self.model, hidden[rows, before]).to(latents.values.dtype)
-        return replace(latents, values=torch.where(own[..., None], predicted, latents.values))
+        predicted = feedback(self.model, hidden[rows, places - 1]).to(values.dtype)
+        return torch.where(own[:, None], predicted, values)
 
     # ---- the objective's inputs
 
     @contextmanager
-    def _states(self) -> Iterator[list[Tensor]]:
-        """Collects the final hidden states [B, T, H] of the forward pass inside; TRL's fused head hides them."""
-        states: list[Tensor] = []
-        core = self.family.core(self.model)
-        handle = core.register_forward_hook(lambda module, args, output: states.append(output.last_hidden_state))
+    def _predictions(self, targets: TargetBatch) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """Collects the final hidden states [B, T, H] of the forward inside, and f of those before the targets [L, H].
+
+        TRL's fused head hides the states. The feedback map runs inside the forward, and its result is tied to it by a
+        zero, so that DDP sees its parameters used and ZeRO-3 gathers them in order.
+        """
+        made: list[tuple[Tensor, Tensor]] = []
+
+        def collect(module: nn.Module, args: Any, output: Any) -> Any:
+            hidden = output.last_hidden_state
+            predicted = feedback(self.model, hidden[targets.rows, targets.positions - 1])
+            made.append((hidden, predicted))
+            if self._has_feedback:
+                output.last_hidden_state = hidden + 0.0 * predicted.sum()
+            return output
+
+        handle = self.family.core(self.model).register_forward_hook(collect)
         try:
-            yield states
+            yield made
         finally:
             handle.remove()
 
-    def _pairs(self, hidden: Tensor, targets: TargetBatch, pairing: tuple[Tensor, Tensor], ids: Tensor) -> LatentPairs:
-        vectors, index = pairing
-        before = hidden[targets.rows, targets.positions - 1]
-        predicted = feedback(self.model, before)
+    def _pairs(
+        self, hidden: Tensor, predicted: Tensor, vectors: Tensor, tokens: Tensor, targets: TargetBatch, ids: Tensor
+    ) -> LatentPairs:
         if "contrast" not in self.args.objective:
             return LatentPairs(predicted, vectors)
         image_rows, image_places = (ids == self.image_id).nonzero(as_tuple=True)
         # Image placeholders stand in the order of the concatenated features, so a token index is a column here.
         positive = torch.zeros(len(vectors), len(image_rows) + 1, dtype=torch.bool, device=ids.device)
-        inside = (index >= 0) & (index < len(image_rows))
-        positive.scatter_(1, torch.where(inside, index, len(image_rows)), True)
-        positive = positive[:, :-1]
-        same_row = targets.rows[:, None] == image_rows[None, :]
+        inside = (tokens >= 0) & (tokens < len(image_rows))
+        positive = positive.scatter(1, torch.where(inside, tokens, len(image_rows)), True)[:, :-1]
         relevant = torch.zeros(len(ids), len(image_rows), dtype=torch.int, device=ids.device)
         relevant = relevant.index_add(0, targets.rows, positive.int()) > 0
         return LatentPairs(
@@ -197,7 +199,7 @@ class LatentSFTTrainer(SFTTrainer):
             states=hidden[targets.rows, targets.positions],
             image=hidden[image_rows, image_places],
             positive=positive,
-            negative=same_row & ~relevant[targets.rows],
+            negative=(targets.rows[:, None] == image_rows) & ~relevant[targets.rows],
         )
 
     # ---- checkpoints
@@ -212,12 +214,14 @@ class LatentSFTTrainer(SFTTrainer):
         if isinstance(target, PeftModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        stored, _ = load_model(resume_from_checkpoint, dtype=target.dtype)
-        found = target.load_state_dict(stored.state_dict(), strict=False)
-        missing = [name for name in found.missing_keys if not name.startswith(f"{FEEDBACK}.")]
-        if missing or found.unexpected_keys:
-            names = ", ".join([*missing, *found.unexpected_keys][:3])
-            raise UserError(f"checkpoint {resume_from_checkpoint} does not belong to this model: {names} do not match.")
+        stored, _ = load_model(resume_from_checkpoint, dtype=next(target.parameters()).dtype)
+        weights = stored.state_dict()
+        theirs = {name: weight.shape for name, weight in weights.items()}
+        mine = {n: w.shape for n, w in target.state_dict().items() if not n.startswith(f"{FEEDBACK}.")}
+        if theirs != mine:
+            wrong = sorted(name for name in {**theirs, **mine} if theirs.get(name) != mine.get(name))[0]
+            raise UserError(f"checkpoint {resume_from_checkpoint} does not belong to this model: {wrong} differs.")
+        target.load_state_dict(weights, strict=False)
         restore_feedback(target, resume_from_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -225,3 +229,11 @@ class LatentSFTTrainer(SFTTrainer):
         super()._save(output_dir, state_dict)
         if self.markers is not None:
             self.markers.format.save(Path(output_dir or self.args.output_dir))
+
+
+def _last_of_spans(rows: Tensor, spans: Tensor, share: float) -> Tensor:
+    """[N] bool: the last `share` of the latents of each span. Latents come by row, then position."""
+    span = rows * (int(spans.max()) + 1) + spans
+    counts = torch.bincount(span)
+    order = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[span]
+    return order >= counts[span] - (share * counts[span]).round()

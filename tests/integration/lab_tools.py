@@ -87,5 +87,5 @@ class Bench:
         self.encoded = self.encoder.encode(self.records)
 
     def batch(self) -> dict[str, Any]:
-        collate = Collator(self.encoded, self.family, self.tokenizer.pad_token_id)
+        collate = Collator([self.encoded], self.family, self.tokenizer.pad_token_id)
         return collate([{"index": i} for i in range(len(self.encoded))])

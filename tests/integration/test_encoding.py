@@ -116,7 +116,10 @@ def test_what_does_not_fit_is_refused(folders: dict[str, Path]) -> None:
     with pytest.raises(UserError, match="cannot share 3 targets evenly"):
         Bench(folders["qwen2_5_vl"], k=4)
     bench = Bench(folders["qwen2_5_vl"])
-    stray = (*bench.records[0].messages[:-1], {"role": "assistant", "content": [{"type": "text", "text": "<|lvr|>red"}]})
+    stray = (
+        *bench.records[0].messages[:-1],
+        {"role": "assistant", "content": [{"type": "text", "text": "<|lvr|>red"}]},
+    )
     with pytest.raises(UserError, match="write <latent> where a span belongs"):
         bench.encoder.encode([replace(bench.records[0], messages=stray, latents=None)])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,7 +127,7 @@ def test_spans_without_targets_get_exactly_what_the_engine_feeds(place: Path, tm
     batch["position_ids"] = bench.family.positions(
         bench.model, batch["input_ids"], batch["attention_mask"], images
     ).prefill
-    latents, _ = trainer._latents(batch, images, targets)
+    latents, _, _ = trainer._latents(batch, bench.markers, images, targets)
 
     engine = HFRolloutEngine(bench.model, bench.processor, bench.markers.format)
     start = bench.markers.start
@@ -152,9 +153,9 @@ def test_scheduled_own_latents_replace_the_end_of_a_span(place: Path, tmp_path: 
     trainer.model.train()
     trainer.state.max_steps = 10
     trainer.state.global_step = 5  # the ramp begins behind this step
-    forced, _ = trainer._latents(batch, images, targets)
+    forced, _, _ = trainer._latents(batch, bench.markers, images, targets)
     trainer.state.global_step = 10
-    mixed, _ = trainer._latents(batch, images, targets)
+    mixed, _, _ = trainer._latents(batch, bench.markers, images, targets)
     changed = (forced.values - mixed.values).abs().amax(-1) > 1e-6
     assert changed.tolist() == [[False, True, True]] * 4  # round(0.67 * 3) = 2 of 3
     assert trainer.args.own_share_at(0.75) == pytest.approx(0.335)
@@ -319,3 +320,71 @@ def test_an_interrupted_run_resumes_to_the_same_bits(place: Path, tmp_path: Path
 
     assert sft(place / "model", place / "data", tmp_path / "other", seed=7, **settings) == 0
     assert not same(tmp_path / "other", tmp_path / "whole")
+
+
+def test_adapters_resume_to_the_same_bits(place: Path, tmp_path: Path) -> None:
+    settings = {"use_peft": True, "lora_target_modules": "all-linear", "latent_projector": "mlp", "max_steps": 4}
+    saved = {"save_strategy": "steps", "save_steps": 2}
+    assert sft(place / "model", place / "data", tmp_path / "whole", **settings, **saved) == 0
+    (tmp_path / "cut").mkdir()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "cut" / "checkpoint-2")
+    shutil.copy(tmp_path / "whole" / "run.json", tmp_path / "cut")
+    assert sft(place / "model", place / "data", tmp_path / "cut", resume_from_checkpoint="latest", **settings) == 0
+    assert same(tmp_path / "cut", tmp_path / "whole")
+    assert not same(tmp_path / "cut" / "checkpoint-2", tmp_path / "whole")
+
+
+def test_a_checkpoint_of_another_model_is_not_resumed(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """transformers' own loading would go on from the model's first weights and only warn."""
+    build_model(tmp_path / "wide", hidden=96, heads=3)
+    assert sft(tmp_path / "wide", place / "data", tmp_path / "out", save_strategy="steps", save_steps=1) == 0
+    capsys.readouterr()
+    shutil.copytree(tmp_path / "out" / "checkpoint-1", tmp_path / "checkpoint-1")
+    code = sft(place / "model", place / "data", tmp_path / "new", resume_from_checkpoint=tmp_path / "checkpoint-1")
+    assert code == 2
+    assert "does not belong to this model" in capsys.readouterr().err
+
+
+def test_two_processes_train_a_projector_as_one_does(place: Path, tmp_path: Path) -> None:
+    """DDP over gloo: half the batch each, the same weights as one process within rounding."""
+    flags = {
+        "model_name_or_path": place / "model",
+        "train_file": place / "data" / "train.parquet",
+        "latent_format": "lvr",
+        "latent_k": 3,
+        "latent_projector": "mlp",
+        "latent_objective": "cosine",  # a mean over latents: the mean of two halves is the mean of the whole
+        "max_steps": 3,
+        "learning_rate": 1e-4,
+        "optim": "sgd",
+        "max_grad_norm": 0,
+        "warmup_steps": 0,
+        "save_strategy": "no",
+        "report_to": "none",
+        "threads": 1,
+        "use_cpu": True,
+        "ddp_backend": "gloo",
+    }
+
+    def train(processes: int, batch: int) -> Path:
+        out = tmp_path / str(processes)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command += ["-m", "rl_lvr.cli", "sft"]
+        command += [f"--{k}={v}" for k, v in flags.items()]
+        command += [f"--output_dir={out}", f"--per_device_train_batch_size={batch}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=200)
+        assert done.returncode == 0, done.stderr[-3000:]
+        row = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+        assert row["epoch"] == 0.5  # 3 steps of 8 records out of 48, however many processes share them
+        return out
+
+    one, two = weights(train(1, 8)), weights(train(2, 4))
+    start = weights(place / "model")
+    start["latent_proj.down.weight"] = torch.zeros_like(one["latent_proj.down.weight"])
+    for name in ("latent_proj.down.weight", "lm_head.weight", "model.layers.0.mlp.up_proj.weight"):
+        moved, apart = (one[name] - start[name]).abs().max(), (one[name] - two[name]).abs().max()
+        assert moved > 0
+        assert apart < 0.01 * moved, name

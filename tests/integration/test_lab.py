@@ -1,0 +1,105 @@
+"""The lab from the outside: a short demo in real processes, cut off and continued, and the evaluation verb."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from lab_tools import build_model, sft, write_puzzles
+
+from rl_lvr import cli
+from rl_lvr.data.puzzles import chance
+from rl_lvr.lab.demo import DemoConfig
+from rl_lvr.lab.picture import table
+
+
+def demo(out: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "rl_lvr.cli", "lab", "demo", "--out", str(out)]
+    command += ["--train", "128", "--test", "16", "--max-steps", "4", *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+
+
+@pytest.mark.slow
+def test_a_demo_that_is_cut_off_goes_on_and_a_third_run_does_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    first = demo(out)
+    deadline = time.monotonic() + 120
+    while not (out / "seed-0" / "pretrain" / "run.json").is_file() and first.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    first.send_signal(signal.SIGTERM)
+    error = first.communicate(timeout=60)[1]
+    assert first.returncode == 130, error
+    assert "the same command goes on" in error
+    assert "Traceback" not in error
+    alive = subprocess.run(["pgrep", "-f", str(out)], capture_output=True, text=True, check=False).stdout.split()
+    assert alive == []  # no child is left behind
+
+    second = demo(out)
+    printed, error = second.communicate(timeout=250)
+    assert second.returncode == 0, error
+    assert (out / "demo.png").stat().st_size > 10_000
+    summary = json.loads((out / "summary.json").read_text())
+    for name in ("diagnostic", "weak"):
+        kept = {"oracle", "own", "zeros", "noise", "swap", "direct", "chance", "n"}
+        assert set(summary[name]) == kept
+        assert summary[name]["n"] == 16
+        assert summary["seeds"][0][name]["own"] == summary[name]["own"]
+    assert summary["diagnostic"]["chance"] == pytest.approx(1 / 11)
+    assert summary["seconds"]["total"] > 0
+    assert table(summary) in printed
+
+    began = time.monotonic()
+    third = demo(out)
+    assert third.communicate(timeout=60)[0] == printed
+    assert third.returncode == 0
+    assert time.monotonic() - began < 20
+
+    other = demo(out, "--family", "qwen3_vl")
+    assert other.wait(60) == 2
+    assert "other settings" in other.communicate()[1]
+
+
+def test_evaluate_prints_a_table_and_keeps_every_answer(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    data = write_puzzles(tmp_path / "data")
+    assert sft(build_model(tmp_path / "model"), data, tmp_path / "out") == 0
+    capsys.readouterr()
+    arguments = ["lab", "evaluate", str(tmp_path / "out"), "--data", str(data / "test.parquet"), "--max-tokens", "8"]
+    assert cli.main([*arguments, "--conditions", "own,noise,none", "--out", str(tmp_path / "t.json")]) == 0
+    found = json.loads((tmp_path / "t.json").read_text())
+    assert set(found) == {"n", "own", "noise", "none"}
+    rows = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
+    assert len(rows) == 3 * 12
+    for name in ("own", "noise", "none"):
+        mine = [row["right"] for row in rows if row["condition"] == name]
+        assert sum(mine) / len(mine) == found[name]
+    assert f"{'own':14} {found['own']:.4f}" in capsys.readouterr().out
+
+    assert cli.main([*arguments, "--conditions", "own,nose"]) == 2
+    assert "no condition 'nose'" in capsys.readouterr().err
+    assert cli.main([*arguments, "--conditions", "own", "--format", "lantern"]) == 2
+    assert "was trained with latent format 'lvr'" in capsys.readouterr().err
+    assert cli.main(["lab", "evaluate", str(tmp_path / "model"), "--data", str(data / "test.parquet")]) == 2
+    assert "name a format with --format" in capsys.readouterr().err
+
+
+def test_the_two_sets_ask_what_they_claim() -> None:
+    """The weak targets are one cell whatever the puzzle; the diagnostic ones are the path."""
+    from rl_lvr.data.puzzles import generate
+
+    config = DemoConfig()
+    weak = generate(config.puzzles("weak"), 20, "test")
+    assert {record.latents[0].cells for record in weak} == {(0,) * 6}
+    assert all(record.meta["hops"] == 1 for record in weak)
+    deep = generate(config.puzzles("diagnostic"), 20, "test")
+    assert all(record.latents[0].cells == tuple(record.meta["cells"][:6]) for record in deep)
+    assert chance(config.puzzles("diagnostic")) == pytest.approx(1 / 11)
