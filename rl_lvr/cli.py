@@ -10,7 +10,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from rl_lvr import __version__
+from rl_lvr import __version__, quiet
 from rl_lvr.errors import UserError
 
 VERBS = ("sft", "generate", "data", "lab", "doctor")
@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.rest = rest
     if rest and not arguments.pass_through:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    quiet.before_imports()
     try:
         return arguments.run(arguments)
     except UserError as error:

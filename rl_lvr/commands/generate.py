@@ -86,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
+    from rl_lvr import quiet
     from rl_lvr.models import load_model
     from rl_lvr.rollout.hf import HFRolloutEngine
 
@@ -94,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]}).") from error
+    quiet.transformers()
     model, processor = load_model(
         folder, dtype="auto" if args.dtype == "auto" else getattr(torch, args.dtype), device=device
     )

@@ -48,8 +48,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _build(arguments: argparse.Namespace) -> int:
+    from rl_lvr import quiet
     from rl_lvr.lab.models import build_lab_model
 
+    quiet.transformers()
     folder = build_lab_model(
         arguments.out,
         family=arguments.family,
@@ -79,9 +81,11 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if out is not None and not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}.")
 
+    from rl_lvr import quiet
     from rl_lvr.evaluation.evaluate import evaluate
     from rl_lvr.rollout.types import Sampling
 
+    quiet.transformers()
     found = evaluate(
         arguments.model,
         arguments.data,

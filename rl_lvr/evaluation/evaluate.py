@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rl_lvr.data.check import require_valid
 from rl_lvr.data.encoding import Encoder
 from rl_lvr.data.records import load_records
@@ -16,6 +18,7 @@ from rl_lvr.latents.feedback import attach_feedback
 from rl_lvr.latents.format import LatentFormat, get_format
 from rl_lvr.latents.interventions import Intervention
 from rl_lvr.models import family_of, load_model
+from rl_lvr.progress import track
 from rl_lvr.rollout.hf import HFRolloutEngine
 from rl_lvr.rollout.types import Sampling
 
@@ -57,7 +60,6 @@ def evaluate(
     """
     require_valid(data_file)
     records = load_records(data_file, limit)
-    model, processor = load_model(model_path)
     stored = LatentFormat.load(model_path)
     if stored is not None:
         if format_name not in (None, stored.name):
@@ -67,6 +69,7 @@ def evaluate(
         latent_format = get_format(format_name)
     else:
         raise UserError(f"{model_path} was trained without latents: name a format with --format.")
+    model, processor = load_model(model_path, device="cuda" if torch.cuda.is_available() else "cpu")
     family = family_of(model)
     tokenizer = getattr(processor, "tokenizer", processor)
     markers = latent_format.bind(tokenizer, family.placeholder_ids(tokenizer))
@@ -76,11 +79,12 @@ def evaluate(
         raise UserError(f"record {missing!r} of {data_file} has no answer to compare with.")
     with_oracle = Intervention.ORACLE in conditions
     encoder = Encoder(processor, family, model, markers if with_oracle else None)
-    encoded = [e for i in range(0, len(records), batch_size) for e in encoder.encode(list(records[i : i + batch_size]))]
+    chunks = [records[i : i + batch_size] for i in range(0, len(records), batch_size)]
+    encoded = [e for chunk in track(chunks, "processing records", unit="batches") for e in encoder.encode(list(chunk))]
     if with_oracle and not all(e.targets for e in encoded):
         raise UserError(f"{data_file} has records without latent targets: leave the condition oracle out.")
     answers = [r.answer or "" for r in records]
     questions = AnswerSet(encoded, answers, family, tokenizer, batch_size)
-    engine = HFRolloutEngine(model, processor, latent_format, batch_size=batch_size)
+    engine = HFRolloutEngine(model, processor, latent_format, batch_size=batch_size, progress=True)
     scored = questions.answer(engine, model, conditions, sampling or Sampling(max_tokens=64, temperature=0.0))
     return Evaluation([r.id for r in records], answers, scored)

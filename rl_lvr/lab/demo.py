@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from rl_lvr import progress
 from rl_lvr.data.puzzles import PuzzleConfig, chance
 from rl_lvr.errors import UserError
@@ -63,6 +65,11 @@ class Stage:
     @property
     def finished(self) -> bool:
         return (self.folder / "trainer_state.json").is_file()
+
+    def steps(self, max_steps: int | None) -> int:
+        """Steps that this stage takes at most."""
+        recipe = yaml.safe_load((RECIPES / f"{self.recipe}.yaml").read_text(encoding="utf-8"))
+        return int(max_steps or recipe["max_steps"])
 
     def command(self, seed: int, max_steps: int | None) -> list[str]:
         more = [] if max_steps is None else ["--max_steps", str(max_steps)]
@@ -238,8 +245,10 @@ class _Demo:
         waiting = [list(lane) for lane in lanes]
         running: list[Stage | None] = [None] * len(lanes)
         try:
-            with progress.task(f"seed {seed}: {', '.join(s.name for s in stages)}", total=None, unit="steps") as bar:
-                done = dict.fromkeys((s.name for s in stages), 0)
+            left = {stage.name: stage.steps(self.config.max_steps) for stage in stages}
+            title = f"seed {seed}: {', '.join(left)}"
+            with progress.task(title, total=sum(left.values()), unit="steps") as bar:
+                done = dict.fromkeys(left, 0)
                 while any(waiting) or any(running):
                     for lane, queue in enumerate(waiting):
                         stage = running[lane]
@@ -257,6 +266,7 @@ class _Demo:
                             if stage.process is not None:
                                 self._wait(stage.process, stage.folder.with_suffix(".txt"), f"training {stage.name}")
                             running[lane] = None
+                            bar.advance(left[stage.name] - done[stage.name])  # it may have stopped early
                             if finished is not None:
                                 finished(stage)
                     time.sleep(0.2)

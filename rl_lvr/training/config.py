@@ -130,8 +130,10 @@ class LatentSFTConfig(SFTConfig):
         self.dataset_kwargs = {"skip_prepare_dataset": True}
         self.max_length = None
         self.prediction_loss_only = True  # logits would take a second forward pass, without its latents
-        if self.bf16 is None and not torch.cuda.is_available():
-            self.bf16 = False
+        if not torch.cuda.is_available():
+            self.dataloader_pin_memory = False
+            if self.bf16 is None:
+                self.bf16 = False
         self.disable_tqdm = True  # callbacks.Progress draws the bar
         super().__post_init__()
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from transformers import PrinterCallback, ProgressCallback, set_seed
-from transformers.utils import logging as transformers_logging
 from trl import ModelConfig, get_peft_config
 
+from rl_lvr import quiet
 from rl_lvr.data.cache import encoded_records, file_digest
 from rl_lvr.data.check import require_valid
 from rl_lvr.data.encoding import Encoded, Encoder, check_spans
@@ -56,7 +56,7 @@ def train_sft(config: LatentSFTConfig, model_config: ModelConfig, given: dict[st
         if chosen is not None:
             check_spans(load_records(file), chosen)
 
-    transformers_logging.set_verbosity_error()
+    quiet.transformers()
     if config.threads:
         torch.set_num_threads(config.threads)
     set_seed(config.seed)  # new tokens and projectors are drawn here, before TRL sets the seed
