@@ -44,6 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"rl-lvr: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"rl-lvr: {error.filename}: {error.strerror}.", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("rl-lvr: interrupted.", file=sys.stderr)
         return 130

@@ -31,7 +31,9 @@ def parse_recipe(dataclass_types: Sequence[type], argv: Sequence[str]) -> tuple[
 
     `argv` may hold `--config FILE`; the remaining flags override the file.
     """
-    argv = list(argv)
+    argv = [part for flag in argv for part in (flag.split("=", 1) if flag.startswith("--config=") else [flag])]
+    if argv and not argv[0].startswith("--"):
+        raise UserError(f"{argv[0]!r} stands alone; a recipe is named with --config {argv[0]}.")
     recipe: dict[str, Any] = {}
     where = ""
     if "--config" in argv:

@@ -144,21 +144,10 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _format(args: argparse.Namespace, folder: Path) -> LatentFormat:
-    from dataclasses import replace
+    from rl_lvr.latents.format import LatentFormat, choose_format
 
-    from rl_lvr.latents.format import PRESETS, LatentFormat, get_format
-
-    stored = LatentFormat.load(folder)
-    if args.format is None and stored is None:
-        raise UserError(
-            f"{folder} does not say which latent format it was trained with: choose one with --format "
-            f"({', '.join(PRESETS)})."
-        )
-    chosen = stored if args.format is None else get_format(args.format)
-    assert chosen is not None
-    if stored is not None:
-        chosen.check_against(stored, folder)
-    return chosen if args.k is None else replace(chosen, k=args.k)
+    changes = {} if args.k is None else {"k": args.k}
+    return choose_format(args.format, LatentFormat.load(folder), folder, **changes)
 
 
 def _requests(args: argparse.Namespace, engine: Any, processor: Any) -> list[Any]:

@@ -73,13 +73,18 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     names = {c.value for c in Intervention}
     conditions = []
-    for name in arguments.conditions.split(","):
+    for name in (part.strip() for part in arguments.conditions.split(",")):
         if name not in names:
             raise UserError(f"no condition {name!r}; choose from {', '.join(sorted(names))}.")
         conditions.append(Intervention(name))
     out = Path(arguments.out) if arguments.out else None
-    if out is not None and not out.parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {out.parent}.")
+    if arguments.batch < 1:
+        raise UserError(f"--batch is {arguments.batch}; it must be at least 1.")
+    if out is not None:
+        if out.suffix != ".json" or not out.parent.is_dir():
+            raise UserError(f"--out is {out}; name a .json file in a folder that exists.")
+        if out.exists():
+            raise UserError(f"{out} exists: choose another file for --out, or delete it first.")
 
     from rl_lvr import quiet
     from rl_lvr.evaluation.evaluate import evaluate
@@ -101,7 +106,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             file.writelines(json.dumps(row) + "\n" for row in found.rows())
         out.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     for name in conditions:
-        print(f"{name.value:14} {summary[name.value]:.4f}")
+        figure = summary[name.value]
+        print(f"{name.value:14} {found.undefined[name.value] if figure is None else format(figure, '.4f')}")
     print(f"{'records':14} {summary['n']}")
     return 0
 

@@ -1,8 +1,8 @@
 """Encoded records kept on disk: images are rendered and processed once, not in every step.
 
-A cache is a folder of safetensors shards under a digest of everything that shaped it: the data file, the processor,
-the format and this module's version. It is built beside its place and renamed, so an interrupted build leaves
-nothing that a later run would take for whole.
+A cache is a folder of safetensors shards under a digest of everything that shaped it: the data file and its images,
+the processor, the format and the versions of this module and of transformers. It is built beside its place and renamed,
+so an interrupted build leaves nothing that a later run would take for whole.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, overload
 
@@ -74,6 +75,7 @@ def encoded_records(records: Records, encoder: Encoder, key: dict[str, Any], fol
         try:
             _build(records, encoder, building)
             (building / "cache.json").write_text(json.dumps({**key, "records": len(records)}, indent=1) + "\n")
+            os.chmod(building, 0o755)  # mkdtemp's folders are private; data folders are often shared
             try:
                 os.replace(building, place)
             except OSError:
@@ -82,6 +84,36 @@ def encoded_records(records: Records, encoder: Encoder, key: dict[str, Any], fol
         finally:
             shutil.rmtree(building, ignore_errors=True)
     return EncodedOnDisk(place)
+
+
+def cache_key(path: str, records: Records, encoder: Encoder) -> dict[str, Any]:
+    """Everything that shapes the encoded records of the data file `path`."""
+    images = hashlib.sha256()
+    for record in records:
+        auxiliary = (image for spec in record.latents or () for image in spec.images or ())
+        for image in (*record.images, *auxiliary):
+            if image.data is None:
+                state = image.path.stat()
+                images.update(f"{image.name} {state.st_size} {state.st_mtime_ns}\n".encode())
+    processor = encoder.processor
+    template = (encoder.tokenizer.backend_tokenizer.to_str(), processor.chat_template, processor.to_json_string())
+    return {
+        "data": file_digest(data_path(path)),
+        "name": path,
+        "images": images.hexdigest(),
+        "records": len(records),
+        "processor": hashlib.sha256(repr(template).encode()).hexdigest(),
+        "family": encoder.family.name,
+        "format": repr(encoder.markers),
+        "crops": encoder.crops,
+        "transformers": metadata.version("transformers"),
+    }
+
+
+def data_path(path: str) -> Path:
+    """The file or folder of a data file's name, without the split behind a colon."""
+    whole = Path(path)
+    return whole if whole.exists() else Path(path.rpartition(":")[0])
 
 
 def file_digest(path: Path) -> str:

@@ -67,11 +67,15 @@ def span_length(record: Record, index: int, latent_format: LatentFormat) -> int:
     return k
 
 
-def check_spans(records: Iterable[Record], latent_format: LatentFormat) -> None:
-    """Refuse records whose targets do not fit the format, before a model is loaded for them."""
+def check_trainable(records: Iterable[Record], latent_format: LatentFormat | None, *, learned: bool) -> None:
+    """Refuse records that a run could not use, before a model is loaded: targets that do not fit the format, and, of
+    records to be `learned` from, those without an assistant's turn."""
     for record in records:
-        for index in range(len(record.latents or ())):
-            span_length(record, index, latent_format)
+        if learned and record.is_prompt_only:
+            raise UserError(f"record {record.id!r} ends with the user: there is no answer to learn from.")
+        if latent_format is not None:
+            for index in range(len(record.latents or ())):
+                span_length(record, index, latent_format)
 
 
 class Encoder:
@@ -96,6 +100,8 @@ class Encoder:
         self.model = model
         self.markers = markers
         self.crops = crops
+        placeholders = family.placeholder_ids(self.tokenizer).values()
+        self._placeholders = self.tokenizer.convert_ids_to_tokens(sorted(set(placeholders)))
 
     def encode(self, records: Sequence[Record]) -> list[Encoded]:
         """Several records at once: the image processor works on all their images in one call."""
@@ -111,10 +117,22 @@ class Encoder:
         """Prompt ids with image placeholders expanded, and image inputs: what an engine's request holds."""
         return self._process([self._texts(r)[0] for r in records], [r.open_images() for r in records])
 
+    def refuse_placeholders(self, record: Record) -> None:
+        """An image token in a text would be taken for an image that is not there."""
+        for message in record.messages:
+            for part in message["content"]:
+                found = [token for token in self._placeholders if token in part.get("text", "")]
+                if found:
+                    raise UserError(
+                        f"record {record.id!r}: its text holds the token {found[0]!r}, which stands for an image; "
+                        'write a part {"type": "image"} where an image belongs, and spell the token differently.'
+                    )
+
     # ---- text
 
     def _texts(self, record: Record) -> tuple[str, str]:
         """Prompt and completion as the chat template writes them, spans expanded."""
+        self.refuse_placeholders(record)
         spans = iter(self._span_texts(record))
         messages = [
             {
@@ -188,6 +206,10 @@ class Encoder:
         if not targets:
             return (), None
         places = [tuple(span.latent_positions(self.markers.format.first)) for span in row.spans]
+        if record.is_prompt_only:  # where the spans of the answer would stand if they came first
+            lengths = [span_length(record, i, self.markers.format) for i in range(len(targets))][len(places) :]
+            starts = [len(ids) + sum(lengths[:i]) for i in range(len(lengths))]
+            places += [tuple(range(a, a + k)) for a, k in zip(starts, lengths, strict=True)]
         grids = self.family.token_grid(self.model, images) if images else []
         extra: list[Image.Image] = []
         # Token groups of extra images are known only once all of them are processed.
@@ -306,4 +328,11 @@ class Collator:
         for i, group in enumerate(groups):
             tokens[i, : len(group)] = torch.tensor(group)
         extra = self.family.join_images([row.target_images for row in rows if row.target_images])
-        return TargetBatch(torch.tensor(where), torch.tensor(positions), torch.tensor(images), tokens, extra)
+        long = torch.long  # also where there is nothing to infer it from
+        return TargetBatch(
+            torch.tensor(where, dtype=long),
+            torch.tensor(positions, dtype=long),
+            torch.tensor(images, dtype=long),
+            tokens,
+            extra,
+        )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rl_lvr.data.encoding import Collator, Encoded
 from rl_lvr.data.targets import target_vectors
+from rl_lvr.errors import UserError
 from rl_lvr.evaluation.matching import matches
 from rl_lvr.latents.inject import input_embeddings
 from rl_lvr.latents.interventions import Intervention
@@ -30,6 +31,15 @@ class Scored:
     @property
     def accuracy(self) -> float:
         return sum(self.right) / len(self.right)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What `AnswerSet.answer` found."""
+
+    scored: dict[str, Scored]
+    undefined: dict[str, str]
+    """Conditions that these completions do not allow, and why: there is no latent to swap, say."""
 
 
 class AnswerSet:
@@ -78,18 +88,24 @@ class AnswerSet:
     @torch.no_grad()
     def answer(
         self, engine: RolloutEngine, model: nn.Module, conditions: Sequence[Intervention], sampling: Sampling
-    ) -> dict[str, Scored]:
+    ) -> Answers:
         """Every condition on every prompt. Own latents are made once and serve the conditions built from them."""
         needs_own = {Intervention.OWN, Intervention.SWAP, Intervention.MEAN} & set(conditions)
         own = run_condition(engine, self.requests, sampling, Intervention.OWN) if needs_own else None
         oracles = self.oracles(model) if Intervention.ORACLE in conditions else None
-        scored = {}
+        found = Answers({}, {})
         for condition in conditions:
             if condition is Intervention.OWN and own is not None:
                 rollouts = own
             else:
-                rollouts = run_condition(
-                    engine, self.requests, sampling, condition, oracles=oracles, answers=self.answers, own=own
-                )
-            scored[condition.value] = self.score(rollouts)
-        return scored
+                try:
+                    rollouts = run_condition(
+                        engine, self.requests, sampling, condition, oracles=oracles, answers=self.answers, own=own
+                    )
+                except UserError as error:
+                    if condition not in (Intervention.SWAP, Intervention.MEAN):
+                        raise
+                    found.undefined[condition.value] = str(error)
+                    continue
+            found.scored[condition.value] = self.score(rollouts)
+        return found

@@ -15,7 +15,7 @@ from rl_lvr.data.records import load_records
 from rl_lvr.errors import UserError
 from rl_lvr.evaluation.accuracy import AnswerSet, Scored
 from rl_lvr.latents.feedback import attach_feedback
-from rl_lvr.latents.format import LatentFormat, get_format
+from rl_lvr.latents.format import LatentFormat, choose_format
 from rl_lvr.latents.interventions import Intervention
 from rl_lvr.models import family_of, load_model
 from rl_lvr.progress import track
@@ -30,10 +30,13 @@ class Evaluation:
     records: list[str]
     answers: list[str]
     scored: dict[str, Scored]
+    undefined: dict[str, str]
+    """Conditions without a figure, and why."""
 
     def summary(self) -> dict[str, Any]:
-        """Accuracies by condition, and how many records they stand on."""
-        return {"n": len(self.records), **{name: s.accuracy for name, s in self.scored.items()}}
+        """Accuracies by condition, null where there is none, and how many records they stand on."""
+        found = {name: s.accuracy for name, s in self.scored.items()}
+        return {"n": len(self.records), **found, **dict.fromkeys(self.undefined)}
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per record and condition."""
@@ -60,15 +63,7 @@ def evaluate(
     """
     require_valid(data_file)
     records = load_records(data_file, limit)
-    stored = LatentFormat.load(model_path)
-    if stored is not None:
-        if format_name not in (None, stored.name):
-            raise UserError(f"{model_path} was trained with latent format {stored.name!r}, not {format_name!r}.")
-        latent_format = stored
-    elif format_name is not None:
-        latent_format = get_format(format_name)
-    else:
-        raise UserError(f"{model_path} was trained without latents: name a format with --format.")
+    latent_format = choose_format(format_name, LatentFormat.load(model_path), model_path)
     model, processor = load_model(model_path, device="cuda" if torch.cuda.is_available() else "cpu")
     family = family_of(model)
     tokenizer = getattr(processor, "tokenizer", processor)
@@ -86,5 +81,5 @@ def evaluate(
     answers = [r.answer or "" for r in records]
     questions = AnswerSet(encoded, answers, family, tokenizer, batch_size)
     engine = HFRolloutEngine(model, processor, latent_format, batch_size=batch_size, progress=True)
-    scored = questions.answer(engine, model, conditions, sampling or Sampling(max_tokens=64, temperature=0.0))
-    return Evaluation([r.id for r in records], answers, scored)
+    found = questions.answer(engine, model, conditions, sampling or Sampling(max_tokens=64, temperature=0.0))
+    return Evaluation([r.id for r in records], answers, found.scored, found.undefined)

@@ -22,6 +22,7 @@ import yaml
 from rl_lvr import progress
 from rl_lvr.data.puzzles import PuzzleConfig, chance
 from rl_lvr.errors import UserError
+from rl_lvr.lab.picture import draw, number
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes" / "lab"
 CONDITIONS = ("oracle", "own", "zeros", "noise", "swap")
@@ -111,14 +112,15 @@ def run_demo(out: Path, seeds: int, config: DemoConfig) -> dict[str, Any]:
     _claim(out, config)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the children the way Ctrl-C does
     demo = _Demo(out, config)
-    demo.prepare_data()
     results = []
-    for seed in range(seeds):
-        results.append(demo.run_seed(seed))
-        summary = demo.summary(results)
-        (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    from rl_lvr.lab.picture import draw
-
+    try:
+        demo.prepare_data()
+        for seed in range(seeds):
+            results.append(demo.run_seed(seed))
+            summary = demo.summary(results)
+            (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    finally:
+        demo.stop()
     draw(summary, out / "demo.png")
     return summary
 
@@ -141,14 +143,29 @@ class _Demo:
     def __init__(self, out: Path, config: DemoConfig) -> None:
         self.out = out
         self.config = config
+        self.children: list[subprocess.Popen[bytes]] = []
         self.cores = len(os.sched_getaffinity(0))
 
     # ---- processes
 
     def _command(self, arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
         log.parent.mkdir(parents=True, exist_ok=True)
+        # One GPU is enough, and more than one asks for a launcher. A session of its own keeps the terminal's Ctrl-C
+        # from the child: `stop` tells it once, and once means a checkpoint.
+        environment = {"CUDA_VISIBLE_DEVICES": "0", **os.environ}
+        command = [sys.executable, "-m", "rl_lvr.cli", *arguments]
         with log.open("ab") as file:
-            return subprocess.Popen([sys.executable, "-m", "rl_lvr.cli", *arguments], stdout=file, stderr=file)
+            child = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
+        self.children.append(child)
+        return child
+
+    def stop(self) -> None:
+        """End what is still running: a training run writes a checkpoint first."""
+        for child in self.children:
+            if child.poll() is None:
+                child.terminate()
+        for child in self.children:
+            child.wait()
 
     def _wait(self, process: subprocess.Popen[bytes], log: Path, what: str) -> None:
         code = process.wait()
@@ -244,41 +261,31 @@ class _Demo:
         stages = [stage for lane in lanes for stage in lane]
         waiting = [list(lane) for lane in lanes]
         running: list[Stage | None] = [None] * len(lanes)
-        try:
-            left = {stage.name: stage.steps(self.config.max_steps) for stage in stages}
-            title = f"seed {seed}: {', '.join(left)}"
-            with progress.task(title, total=sum(left.values()), unit="steps") as bar:
-                done = dict.fromkeys(left, 0)
-                while any(waiting) or any(running):
-                    for lane, queue in enumerate(waiting):
-                        stage = running[lane]
-                        if stage is None and queue:
-                            running[lane] = stage = queue.pop(0)
-                            if not stage.finished:
-                                log = stage.folder.with_suffix(".txt")
-                                stage.process = self._command(stage.command(seed, self.config.max_steps), log)
-                        if stage is None:
-                            continue
-                        step, row = stage.step()
-                        bar.advance(max(step - done[stage.name], 0), **{stage.name: _figures(step, row)})
-                        done[stage.name] = step
-                        if stage.process is None or stage.process.poll() is not None:
-                            if stage.process is not None:
-                                self._wait(stage.process, stage.folder.with_suffix(".txt"), f"training {stage.name}")
-                            running[lane] = None
-                            bar.advance(left[stage.name] - done[stage.name])  # it may have stopped early
-                            if finished is not None:
-                                finished(stage)
-                    time.sleep(0.2)
-        except BaseException:
-            # Ctrl-C reaches the children as well: each writes a checkpoint after its step, and is waited for.
-            for stage in filter(None, running):
-                if stage.process is not None:
-                    stage.process.terminate()
-            for stage in filter(None, running):
-                if stage.process is not None:
-                    stage.process.wait()
-            raise
+        left = {stage.name: stage.steps(self.config.max_steps) for stage in stages}
+        title = f"seed {seed}: {', '.join(left)}"
+        with progress.task(title, total=sum(left.values()), unit="steps") as bar:
+            done = dict.fromkeys(left, 0)
+            while any(waiting) or any(running):
+                for lane, queue in enumerate(waiting):
+                    stage = running[lane]
+                    if stage is None and queue:
+                        running[lane] = stage = queue.pop(0)
+                        if not stage.finished:
+                            log = stage.folder.with_suffix(".txt")
+                            stage.process = self._command(stage.command(seed, self.config.max_steps), log)
+                    if stage is None:
+                        continue
+                    step, row = stage.step()
+                    bar.advance(max(step - done[stage.name], 0), **{stage.name: _figures(step, row)})
+                    done[stage.name] = step
+                    if stage.process is None or stage.process.poll() is not None:
+                        if stage.process is not None:
+                            self._wait(stage.process, stage.folder.with_suffix(".txt"), f"training {stage.name}")
+                        running[lane] = None
+                        bar.advance(left[stage.name] - done[stage.name])  # it may have stopped early
+                        if finished is not None:
+                            finished(stage)
+                time.sleep(0.2)
 
     def _evaluate(self, stage: Stage, conditions: Sequence[str], data: str) -> dict[str, Any]:
         """A table of one model; kept beside it, so that a second run does not answer everything again."""
@@ -300,13 +307,20 @@ class _Demo:
         summary: dict[str, Any] = {"config": asdict(self.config)}
         for name in ("diagnostic", "weak"):
             tables = [r[name] for r in results]
-            summary[name] = {key: sum(t[key] for t in tables) / len(tables) for key in (*CONDITIONS, "direct")}
-            summary[name]["chance"] = chance(self.config.puzzles(name))
-            summary[name]["n"] = tables[0]["n"]
+            for t in tables:
+                t["chance"] = chance(self.config.puzzles(name))
+            summary[name] = {key: _mean([t[key] for t in tables]) for key in (*CONDITIONS, "direct")}
+            summary[name] |= {key: tables[0][key] for key in ("chance", "n")}
         keys = results[0]["seconds"]
         summary["seconds"] = {key: round(sum(r["seconds"][key] for r in results) / len(results), 1) for key in keys}
         summary["seeds"] = results
         return summary
+
+
+def _mean(values: list[float | None]) -> float | None:
+    """None if a seed has no figure: a model cut short may make no latents, and then there is none to swap."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
 
 
 def _figures(step: int, row: dict[str, Any]) -> str:
@@ -323,5 +337,5 @@ def _say(text: str) -> None:
 
 def _show(name: str, table: dict[str, Any], seed: int) -> None:
     """One line as soon as a model is measured; the whole table comes at the end."""
-    figures = "  ".join(f"{key} {table[key]:.3f}" for key in CONDITIONS)
+    figures = "  ".join(f"{key} {number(table[key])}" for key in CONDITIONS)
     _say(f"seed {seed}, {name} set ({table['n']} held-out puzzles): {figures}")

@@ -12,7 +12,7 @@ MEANING = {
     "zeros": "zeros (off-distribution: not judged)",
     "noise": "noise of the same norm",
     "swap": "another puzzle's latents",
-    "direct": "twin trained without latents",
+    "direct": "no latents (weak: before them)",
 }
 TITLES = {
     "diagnostic": "Diagnostic set: the latents carry the answer",
@@ -20,14 +20,19 @@ TITLES = {
 }
 
 
+def number(value: float | None) -> str:
+    """Three digits, or a dash where there is no figure."""
+    return "-" if value is None else f"{value:.3f}"
+
+
 def table(summary: dict[str, Any]) -> str:
     """Accuracies of both sets side by side, plain text."""
     sets = ("diagnostic", "weak")
     lines = [f"{'latents':<42}{'diagnostic':>12}{'weak':>8}"]
     for name in CONDITIONS:
-        cells = "".join(f"{summary[s][name]:>{w}.3f}" for s, w in zip(sets, (12, 8), strict=True))
+        cells = "".join(f"{number(summary[s][name]):>{w}}" for s, w in zip(sets, (12, 8), strict=True))
         lines.append(f"{name:<8}{MEANING[name]:<34}{cells}")
-    chances = "".join(f"{summary[s]['chance']:>{w}.3f}" for s, w in zip(sets, (12, 8), strict=True))
+    chances = "".join(f"{number(summary[s]['chance']):>{w}}" for s, w in zip(sets, (12, 8), strict=True))
     lines.append(f"{'chance':<8}{'cannot follow the pointers':<34}{chances}")
     seeds = len(summary["seeds"])
     lines.append(f"accuracy on {summary['diagnostic']['n']} held-out puzzles a set, {seeds} seed{'s' * (seeds > 1)}")
@@ -44,11 +49,11 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, constrained_layout=True)
     colours = ["#4c72b0", "#2f4b7c", "#b0b0b0", "#dd8452", "#c44e52", "#8c8c8c"]
     for axis, name in zip(axes, TITLES, strict=True):
-        values = [summary[name][c] for c in CONDITIONS]
+        values = [summary[name][c] or 0.0 for c in CONDITIONS]
         bars = axis.bar(CONDITIONS, values, color=colours, width=0.7)
         axis.bar_label(bars, [f"{v:.2f}" for v in values], padding=2, fontsize=9)
         for x, condition in enumerate(CONDITIONS):
-            ys = [seed[name][condition] for seed in summary["seeds"]]
+            ys = [seed[name][condition] or 0.0 for seed in summary["seeds"]]
             if len(ys) > 1:
                 axis.scatter([x] * len(ys), ys, color="black", s=10, zorder=3)
         axis.axhline(summary[name]["chance"], color="black", linestyle="--", linewidth=1, label="chance")

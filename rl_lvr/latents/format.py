@@ -298,3 +298,20 @@ def get_format(name: str, **changes: Any) -> LatentFormat:
             hint = f"; did you mean {near[0]!r}?" if near else "."
             raise UserError(f"a latent format has no field {key!r}{hint} Fields: {', '.join(sorted(known))}.")
     return replace(PRESETS[name], **changes)
+
+
+def choose_format(name: str | None, stored: LatentFormat | None, folder: str | Path, **changes: Any) -> LatentFormat:
+    """The format to use with a checkpoint: its own (`stored`), else the preset `name`, with some fields changed.
+
+    A checkpoint's own format keeps its k and length where `name` only repeats it. A format that disagrees with the
+    checkpoint's is refused.
+    """
+    if stored is None:
+        if name is None:
+            raise UserError(
+                f"{folder} does not say which latent format it was trained with: name one ({', '.join(PRESETS)})."
+            )
+        return get_format(name, **changes)
+    chosen = replace(stored, **changes) if name in (None, stored.name) else get_format(name, **changes)
+    chosen.check_against(stored, folder)
+    return chosen

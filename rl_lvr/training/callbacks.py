@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar
 
+import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rl_lvr import progress
@@ -116,7 +117,10 @@ class StopAt(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        value = (logs or {}).get(self.metric)
+        logs = logs or {}
+        if "loss" in logs and self.metric not in logs and not self.metric.startswith(("eval_", "latent/")):
+            raise UserError(f"stop_at names {self.metric!r}, which is not logged; there are {', '.join(sorted(logs))}.")
+        value = logs.get(self.metric)
         if value is not None and self.passes(value, self.bound):
             control.should_training_stop = True
 
@@ -143,6 +147,10 @@ class Interrupt(TrainerCallback):
         print("stopping after this step, with a checkpoint; once more to stop at once", file=sys.stderr)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if args.world_size > 1:  # all processes stop after the same step, whichever were told to
+            told = torch.tensor([self.received or 0], device=args.device)
+            torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
+            self.received = int(told) or None
         if self.received is not None:
             control.should_save = True
             control.should_training_stop = True
@@ -166,7 +174,7 @@ class LatentAccuracy(TrainerCallback):
     def __init__(self, questions: AnswerSet, engine: RolloutEngine, trainer: Trainer) -> None:
         self.questions = questions
         self.engine = engine
-        self.trainer = trainer  # whose `log` reaches all trackers
+        self.trainer: Any = trainer
         self.every: int = trainer.args.latent_eval_steps
         self.conditions = [Intervention(name) for name in trainer.args.latent_eval_conditions]
         self.sampling = Sampling(
@@ -176,9 +184,16 @@ class LatentAccuracy(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step % self.every and state.global_step < state.max_steps:
             return
-        scored = self.questions.answer(self.engine, self.trainer.model, self.conditions, self.sampling)
-        logs = {f"latent/accuracy_{name}": result.accuracy for name, result in scored.items()}
-        own = scored.get(Intervention.OWN.value)
+        with self.trainer.accelerator.autocast():
+            found = self.questions.answer(self.engine, self.trainer.model, self.conditions, self.sampling)
+        figures = {f"latent/accuracy_{name}": result.accuracy for name, result in found.scored.items()}
+        own = found.scored.get(Intervention.OWN.value)
         if own is not None:
-            logs["latent/rate"] = sum(bool(len(r.latents)) for r in own.rollouts) / len(own.rollouts)
-        self.trainer.log(logs)
+            figures["latent/rate"] = sum(bool(len(r.latents)) for r in own.rollouts) / len(own.rollouts)
+        if state.is_world_process_zero:
+            for name, why in found.undefined.items():
+                print(f"step {state.global_step}: no accuracy under {name}: {why}", file=sys.stderr)
+        # TRL averages what stands here into the step's own row: a row of its own would empty that one.
+        for name, figure in figures.items():
+            self.trainer._metrics["train"][name].append(figure)
+        control.should_log = True

@@ -3,17 +3,38 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from trl import SFTConfig
 
 from rl_lvr.errors import UserError
-from rl_lvr.latents.format import LatentFormat, get_format
+from rl_lvr.latents.format import LatentFormat, choose_format
 from rl_lvr.latents.interventions import Intervention
 from rl_lvr.training.objectives import parse_objective
 
 SCHEDULES = ("constant", "linear", "cosine")
+WITHOUT_EFFECT = {
+    "assistant_only_loss": "the assistant's last turn is what is learned",
+    "chat_template_path": "put the template into the model's folder",
+    "completion_only_loss": "the assistant's last turn is what is learned",
+    "dataset_kwargs": "records are read by train_file",
+    "dataset_text_field": "records are read by train_file",
+    "eos_token": "set it in the tokenizer",
+    "label_names": "there is one kind of label",
+    "load_in_4bit": "quantised training is not supported",
+    "load_in_8bit": "quantised training is not supported",
+    "max_length": "records are never cut: one cut within a span or an image would be another record",
+    "model_init_kwargs": "use dtype and attn_implementation",
+    "model_revision": "models are read from disk: name the folder of the revision",
+    "packing": "it does not work with images, as in TRL",
+    "pad_to_multiple_of": "batches are padded to their longest record",
+    "padding_free": "it does not work with images, as in TRL",
+    "prediction_loss_only": "logits are never kept",
+    "remove_unused_columns": "the data set holds row numbers",
+    "train_sampling_strategy": "the order is random",
+}
+"""Settings of TRL and transformers that this trainer cannot honour, and why. They are refused, not ignored."""
 EVAL_CONDITIONS = tuple(
     c.value
     for c in (
@@ -118,11 +139,27 @@ class LatentSFTConfig(SFTConfig):
         for name in self.latent_eval_conditions:
             if name not in EVAL_CONDITIONS:
                 raise UserError(f"latent_eval_conditions holds {name!r}; choose from {', '.join(EVAL_CONDITIONS)}.")
-        if self.latent_eval_steps and self.eval_file is None:
-            raise UserError("latent_eval_steps is set but eval_file is missing: name the records to evaluate on.")
-        if self.packing or self.padding_free:
+        for name in (
+            "learning_rate",
+            "latent_weight",
+            "latent_weight_end",
+            "latent_eval_steps",
+            "label_smoothing_factor",
+        ):
+            if (getattr(self, name) or 0) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
+        for name in ("latent_eval_samples", "latent_eval_max_tokens", "latent_eval_batch", "train_limit", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}; it must be at least 1.")
+        evaluates = bool(self.latent_eval_steps) or self.eval_strategy != "no"
+        if evaluates and self.eval_file is None:
+            raise UserError("evaluation is asked for but eval_file is missing: name the records to evaluate on.")
+        if self.eval_file is not None and not evaluates:
+            raise UserError("eval_file is set but nothing reads it: set latent_eval_steps or eval_strategy.")
+        if self.label_smoothing_factor:
             raise UserError(
-                "packing and padding_free do not work with images yet: TRL refuses them, so does this trainer."
+                "label_smoothing_factor needs a second forward pass, which would have no latents: leave it out."
             )
         self.objective = parse_objective(self.latent_objective)
         # Our datasets hold row numbers, and our collator reads what they point to.
@@ -137,22 +174,18 @@ class LatentSFTConfig(SFTConfig):
         self.disable_tqdm = True  # callbacks.Progress draws the bar
         super().__post_init__()
 
-    def format_of(self, stored: LatentFormat | None) -> LatentFormat | None:
-        """The run's format: the recipe's preset with its changes, else the checkpoint's; None is without latents."""
+    def format_of(self, stored: LatentFormat | None, folder: str) -> LatentFormat | None:
+        """The run's format: the recipe's or the checkpoint's, with the recipe's changes; None is without latents."""
         changes = {
             name.removeprefix("latent_"): getattr(self, name)
             for name in ("latent_k", "latent_length", "latent_first", "latent_projector", "latent_norm")
             if getattr(self, name) is not None
         }
-        if self.latent_format == "none":
-            if changes:
-                raise UserError(f"latent_format is none, but latent_{next(iter(changes))} is set; remove one of them.")
-            return None
-        if self.latent_format is not None:
-            return get_format(self.latent_format, **changes)
-        if stored is None:
-            raise UserError("latent_format is missing and the model has none of its own: name a preset, or none.")
-        return replace(stored, **changes)
+        if self.latent_format != "none":
+            return choose_format(self.latent_format, stored, folder, **changes)
+        if changes:
+            raise UserError(f"latent_format is none, but latent_{next(iter(changes))} is set; remove one of them.")
+        return None
 
     def weight_at(self, progress: float) -> float:
         """Weight of the latent objective at a fraction of training."""

@@ -12,9 +12,9 @@ from transformers import PrinterCallback, ProgressCallback, set_seed
 from trl import ModelConfig, get_peft_config
 
 from rl_lvr import quiet
-from rl_lvr.data.cache import encoded_records, file_digest
+from rl_lvr.data.cache import cache_key, data_path, encoded_records
 from rl_lvr.data.check import require_valid
-from rl_lvr.data.encoding import Encoded, Encoder, check_spans
+from rl_lvr.data.encoding import Encoded, Encoder, check_trainable
 from rl_lvr.data.records import Records, load_records
 from rl_lvr.errors import UserError
 from rl_lvr.evaluation.accuracy import AnswerSet
@@ -24,7 +24,7 @@ from rl_lvr.latents.format import FormatIds, LatentFormat
 from rl_lvr.models import family_of, load_model
 from rl_lvr.rollout.hf import HFRolloutEngine
 from rl_lvr.training.callbacks import Interrupt, LatentAccuracy, MetricsFile, Progress, StopAt
-from rl_lvr.training.config import LatentSFTConfig
+from rl_lvr.training.config import WITHOUT_EFFECT, LatentSFTConfig
 from rl_lvr.training.run import clear_run, open_run, write_run
 from rl_lvr.training.sft import LatentSFTTrainer
 
@@ -45,17 +45,7 @@ class LazyEncoded(Sequence[Encoded]):
 
 def train_sft(config: LatentSFTConfig, model_config: ModelConfig, given: dict[str, Any]) -> int:
     """Train as the recipe says; returns the exit code."""
-    path = model_config.model_name_or_path
-    if not path:
-        raise UserError("model_name_or_path is missing: name the model to start from.")
-    stop_at = [StopAt(config.stop_at)] if config.stop_at else []
-    checkpoint = open_run(config.output_dir, config.resume_from_checkpoint, config.overwrite)
-    chosen = _format(config, path)
-    for file in filter(None, (config.train_file, config.eval_file)):
-        require_valid(file)
-        if chosen is not None:
-            check_spans(load_records(file), chosen)
-
+    path, checkpoint, chosen = _check(config, model_config, given)
     quiet.transformers()
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -63,27 +53,34 @@ def train_sft(config: LatentSFTConfig, model_config: ModelConfig, given: dict[st
     model, processor, markers = _model(path, config, model_config, chosen)
     family = family_of(model)
     encoder = Encoder(processor, family, model, markers, crops=config.oracle == "crop")
-    train = _encoded(load_records(config.train_file, config.train_limit), encoder, config, config.train_file)
-    evaluation: Sequence[Encoded] = ()
-    questions = None
-    if config.eval_file:
-        records = load_records(config.eval_file)
-        evaluation = _encoded(records, encoder, config, config.eval_file)
-        if config.latent_eval_steps:
-            questions = _questions(records, evaluation, encoder, config)
+    with config.main_process_first(desc="processing records"):
+        train = _encoded(load_records(config.train_file, config.train_limit), encoder, config, config.train_file)
+        evaluation: Sequence[Encoded] = ()
+        questions = None
+        if config.eval_file:
+            records = load_records(config.eval_file)
+            evaluation = _encoded(records, encoder, config, config.eval_file)
+            if config.latent_eval_steps:
+                questions = _questions(records, evaluation, encoder, config)
 
     interrupt, bar = Interrupt(), Progress("training")
-    trainer = LatentSFTTrainer(
-        model,
-        config,
-        family=family,
-        markers=markers,
-        processor=processor,
-        train=train,
-        evaluation=evaluation if config.eval_strategy != "no" else (),
-        callbacks=[MetricsFile(Path(config.output_dir) / "metrics.jsonl"), bar, interrupt, *stop_at],
-        peft_config=_peft(model_config, model, family, markers),
-    )
+    callbacks = [MetricsFile(Path(config.output_dir) / "metrics.jsonl"), bar, interrupt]
+    if config.stop_at:
+        callbacks.append(StopAt(config.stop_at))
+    try:
+        trainer = LatentSFTTrainer(
+            model,
+            config,
+            family=family,
+            markers=markers,
+            processor=processor,
+            train=train,
+            evaluation=evaluation if config.eval_strategy != "no" else (),
+            callbacks=callbacks,
+            peft_config=_peft(model_config, model, family, markers),
+        )
+    except ValueError as error:  # TRL's and PEFT's own checks of their settings, each a sentence for the user
+        raise UserError(" ".join(str(error).split())) from error
     for shown in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(shown)
     if questions is not None and chosen is not None:
@@ -91,35 +88,65 @@ def train_sft(config: LatentSFTConfig, model_config: ModelConfig, given: dict[st
         trainer.add_callback(LatentAccuracy(questions, engine, trainer))
     if trainer.is_world_process_zero():
         if config.overwrite and checkpoint is None:
-            clear_run(config.output_dir)
+            clear_run(config.output_dir, path, config.train_file, config.eval_file)
         write_run(config.output_dir, "sft", given, {"training": config.to_dict(), "model": vars(model_config)})
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         bar.close()
         interrupt.restore()
-    step = trainer.state.global_step
-    if interrupt.received is not None:
-        if trainer.is_world_process_zero():
-            print(
-                f"stopped at step {step} of {trainer.state.max_steps}; go on with the same command and "
-                "--resume_from_checkpoint latest",
-                file=sys.stderr,
-            )
+    return _finish(trainer, interrupt)
+
+
+def _check(
+    config: LatentSFTConfig, model_config: ModelConfig, given: dict[str, Any]
+) -> tuple[str, str | None, LatentFormat | None]:
+    """Everything that can be refused without a model: its path, the checkpoint to resume from, and the format."""
+    path = model_config.model_name_or_path
+    if not path:
+        raise UserError("model_name_or_path is missing: name the model to start from.")
+    for name, why in WITHOUT_EFFECT.items():
+        if given.get(name) not in (None, False, "false"):
+            raise UserError(f"{name} has no effect here ({why}): leave it out.")
+    if model_config.use_peft and not (config.freeze_vision_tower and config.freeze_merger):
+        raise UserError("adapters leave the vision parts frozen: leave freeze_vision_tower and freeze_merger on.")
+    if config.n_gpu > 1:
+        raise UserError(
+            f"{config.n_gpu} GPUs are visible to one process: start one process for each (torchrun --nproc_per_node "
+            f"{config.n_gpu} -m rl_lvr.cli sft ...), or make one visible with CUDA_VISIBLE_DEVICES."
+        )
+    if config.stop_at:
+        StopAt(config.stop_at)  # refuses a rule that it cannot read
+    checkpoint = open_run(config.output_dir, config.resume_from_checkpoint, config.overwrite)
+    config.distributed_state.wait_for_everyone()  # nobody writes the folder while another still looks at it
+    chosen = config.format_of(LatentFormat.load(path), path)
+    stored = None if checkpoint is None else LatentFormat.load(checkpoint)
+    if checkpoint is not None and stored != chosen:
+        raise UserError(
+            f"checkpoint {checkpoint} was trained {f'with {stored}' if stored else 'without latents'}, "
+            f"this recipe asks for {chosen or 'none'}: resume with the settings that it was started with."
+        )
+    for file, learned in ((config.train_file, True), (config.eval_file, config.eval_strategy != "no")):
+        if file:
+            require_valid(file)
+            check_trainable(load_records(file), chosen, learned=learned)
+    return path, checkpoint, chosen
+
+
+def _finish(trainer: LatentSFTTrainer, interrupt: Interrupt) -> int:
+    step, last = trainer.state.global_step, trainer.state.max_steps
+    speaks = trainer.is_world_process_zero()
+    if interrupt.received is not None and step < last:
+        if speaks:
+            again = "go on with the same command and --resume_from_checkpoint latest"
+            print(f"stopped at step {step} of {last}; {again}", file=sys.stderr)
         return 128 + interrupt.received
     trainer.save_model()
     trainer.save_state()
-    if trainer.is_world_process_zero():
-        print(f"{step} steps; model in {config.output_dir}", file=sys.stderr)
+    where = trainer.save_merged()
+    if speaks:
+        print(f"{step} steps; model in {where}", file=sys.stderr)
     return 0
-
-
-def _format(config: LatentSFTConfig, path: str) -> LatentFormat | None:
-    stored = LatentFormat.load(path)
-    chosen = config.format_of(stored)
-    if stored is not None and chosen is not None:
-        chosen.check_against(stored, path)
-    return chosen
 
 
 def _model(
@@ -144,24 +171,10 @@ def _model(
 
 def _encoded(records: Records, encoder: Encoder, config: LatentSFTConfig, path: str) -> Sequence[Encoded]:
     if not config.processed_cache:
+        for record in records:
+            encoder.refuse_placeholders(record)
         return LazyEncoded(records, encoder)
-    source = Path(path.partition(":")[0])
-    key = {
-        "data": file_digest(source),
-        "split": path.partition(":")[2],
-        "records": len(records),
-        "processor": _processor_key(encoder.processor),
-        "format": repr(encoder.markers),
-        "crops": encoder.crops,
-    }
-    return encoded_records(records, encoder, key, source.parent / "processed")
-
-
-def _processor_key(processor: Any) -> str:
-    """Everything of a processor that shapes its output: tokenizer, template and image settings."""
-    tokenizer = getattr(processor, "tokenizer", processor)
-    image = getattr(processor, "image_processor", None)
-    return repr((tokenizer.backend_tokenizer.to_str(), processor.chat_template, image and image.to_json_string()))
+    return encoded_records(records, encoder, cache_key(path, records, encoder), data_path(path).parent / "processed")
 
 
 def _questions(records: Records, evaluation: Sequence[Encoded], encoder: Encoder, config: LatentSFTConfig) -> AnswerSet:
@@ -174,6 +187,12 @@ def _questions(records: Records, evaluation: Sequence[Encoded], encoder: Encoder
     if missing:
         raise UserError(f"record {missing[0]!r} of eval_file has no answer, which latent_eval_steps needs.")
     encoded = [evaluation[i] for i in chosen]
+    for record, row in zip((records[i] for i in chosen), encoded, strict=True):
+        if any(position < row.prompt_length for target in row.targets for position in target.positions):
+            raise UserError(
+                f"record {record.id!r} of eval_file has latents in its prompt, which cannot be answered under "
+                "interventions: give records whose spans stand in the last answer."
+            )
     if "oracle" in config.latent_eval_conditions and not all(e.targets for e in encoded):
         raise UserError(
             "eval_file has records without latent targets: take oracle out of latent_eval_conditions, or add targets."

@@ -9,8 +9,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import get_last_checkpoint
-
 from rl_lvr import __version__
 from rl_lvr.errors import UserError
 
@@ -35,30 +33,43 @@ def open_run(output_dir: str, resume: str | None, overwrite: bool) -> str | None
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir {output_dir} is a file.")
     earlier = (folder / RUN_FILE).is_file()
-    last = get_last_checkpoint(output_dir) if folder.is_dir() else None
+    last = last_checkpoint(folder)
+    checkpoint = None
     if resume:
-        checkpoint = last if resume.lower() in ("latest", "true") else resume
-        if checkpoint is None or not (Path(checkpoint) / "trainer_state.json").is_file():
-            raise UserError(
-                f"nothing to resume: no checkpoint {'in ' + output_dir if checkpoint is None else checkpoint}."
-            )
-        return checkpoint
-    if overwrite and earlier:
-        return None
-    if earlier:
+        checkpoint = last if resume.lower() in ("latest", "true") else Path(resume)
+        if checkpoint is None or not _whole(checkpoint):
+            where = f"in {output_dir}" if checkpoint is None else str(checkpoint)
+            raise UserError(f"nothing to resume: there is no whole checkpoint {where}.")
+        if checkpoint.resolve().parent == folder.resolve():
+            return str(checkpoint)
+    if earlier and not overwrite:
         cure = "resume it with --resume_from_checkpoint latest, " if last else ""
         raise UserError(
             f"{output_dir} holds an earlier run: {cure}choose another output_dir, or delete it with --overwrite true."
         )
-    if folder.is_dir() and any(folder.iterdir()):
+    if not earlier and folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"output_dir {output_dir} is not empty and holds no run of rl-lvr: choose another folder.")
-    return None
+    return None if checkpoint is None else str(checkpoint)
 
 
-def clear_run(output_dir: str) -> None:
-    """Delete an earlier run, once everything about the new one has been checked."""
-    if (Path(output_dir) / RUN_FILE).is_file():
-        shutil.rmtree(output_dir)
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; one cut off in the middle is passed over."""
+    found = {int(p.name[11:]): p for p in folder.glob("checkpoint-*") if p.name[11:].isdigit() and _whole(p)}
+    return found[max(found)] if found else None
+
+
+def _whole(checkpoint: Path) -> bool:
+    return (checkpoint / "trainer_state.json").is_file()  # the last file that transformers writes
+
+
+def clear_run(output_dir: str, *inputs: str | None) -> None:
+    """Delete an earlier run, once everything about the new one has been checked; never what the new one reads."""
+    folder = Path(output_dir).resolve()
+    for path in filter(None, inputs):
+        if Path(path).resolve().is_relative_to(folder):
+            raise UserError(f"overwrite would delete {path}, which this run reads: choose another output_dir.")
+    if (folder / RUN_FILE).is_file():
+        shutil.rmtree(folder)
 
 
 def write_run(output_dir: str, verb: str, given: dict[str, Any], resolved: dict[str, Any]) -> None:
@@ -69,10 +80,9 @@ def write_run(output_dir: str, verb: str, given: dict[str, Any], resolved: dict[
     history = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.is_file() else []
     start = {
         "verb": verb,
-        "given": given,
+        "given": {name: value for name, value in given.items() if "token" not in name or "marker" in name},
         "resolved": json.loads(json.dumps(resolved, default=str)),
         "versions": versions(),
-        "arguments": sys.argv[1:],
     }
     path.write_text(json.dumps({"starts": [*history, start]}, indent=1) + "\n", encoding="utf-8")
 

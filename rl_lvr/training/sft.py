@@ -28,6 +28,7 @@ from rl_lvr.latents.format import FormatIds
 from rl_lvr.latents.inject import inject
 from rl_lvr.latents.spans import span_masks
 from rl_lvr.models import Family, load_model
+from rl_lvr.rollout.forward import evaluating
 from rl_lvr.training.config import LatentSFTConfig
 from rl_lvr.training.objectives import LatentPairs, latent_objective
 
@@ -101,8 +102,12 @@ class LatentSFTTrainer(SFTTrainer):
 
         weight = self.args.weight_at(self._progress)
         metrics = self._metrics["train" if self.model.training else "eval"]
-        for name, part in parts.items():
-            metrics[f"latent/{name}"].append(self.accelerator.gather_for_metrics(part).mean().item())
+        # Every process gathers the same names, whether its own batch holds targets or not.
+        for name in self.args.objective:
+            part = parts.get(name, torch.full((), torch.nan, device=ids.device))
+            mean = self.accelerator.gather_for_metrics(part).nanmean()
+            if not mean.isnan():
+                metrics[f"latent/{name}"].append(mean.item())
         metrics["latent/weight"].append(weight)
         # With `num_items_in_batch` the trainer leaves gradient accumulation to the loss: this mean must share it out.
         steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
@@ -126,7 +131,8 @@ class LatentSFTTrainer(SFTTrainer):
         own = torch.ones(len(rows), dtype=torch.bool, device=ids.device)
         vectors, tokens = values[:0], targets.tokens
         if len(targets.rows):
-            vectors, tokens = target_vectors(self.family, self.model, images, targets)
+            with self.accelerator.autocast():
+                vectors, tokens = target_vectors(self.family, self.model, images, targets)
             number = torch.full(ids.shape, -1, device=ids.device)
             number[rows, places] = torch.arange(len(rows), device=ids.device)
             at = number[targets.rows, targets.positions]
@@ -134,6 +140,7 @@ class LatentSFTTrainer(SFTTrainer):
             own[at] = False
         # A latent without a target is exact once all those before it in its row are.
         passes = int(torch.bincount(rows, own.float()).max()) if len(rows) else 0
+        passes = self._most(passes, ids.device)
 
         share = self.args.own_share_at(self._progress)
         if share and self.model.training:
@@ -144,6 +151,10 @@ class LatentSFTTrainer(SFTTrainer):
             values = self._with_own(inputs, markers, rows, places, values, own)
         return LatentBatch.from_flat(rows, places, values, len(ids)), vectors, tokens
 
+    def _most(self, count: int, device: torch.device) -> int:
+        """The largest `count` of all processes: ZeRO-3 needs as many forward passes from each."""
+        return int(self.accelerator.gather(torch.tensor([count], device=device)).max())
+
     @torch.no_grad()
     def _with_own(
         self, inputs: dict[str, Any], markers: FormatIds, rows: Tensor, places: Tensor, values: Tensor, own: Tensor
@@ -151,9 +162,9 @@ class LatentSFTTrainer(SFTTrainer):
         """`values` [N, H] at `places` [N] of `rows` [N]; where `own` [N], what one forward pass predicts there."""
         arguments = {key: value for key, value in inputs.items() if key not in ("labels", "use_cache")}
         latents = LatentBatch.from_flat(rows, places, values, len(inputs["input_ids"]))
-        with inject(self.model, latents, markers):
+        with evaluating(self.model), self.accelerator.autocast(), inject(self.model, latents, markers):
             hidden = self.family.core(self.model)(**arguments, use_cache=False).last_hidden_state
-        predicted = feedback(self.model, hidden[rows, places - 1]).to(values.dtype)
+            predicted = feedback(self.model, hidden[rows, places - 1]).to(values.dtype)
         return torch.where(own[:, None], predicted, values)
 
     # ---- the objective's inputs
@@ -224,6 +235,28 @@ class LatentSFTTrainer(SFTTrainer):
         target.load_state_dict(weights, strict=False)
         restore_feedback(target, resume_from_checkpoint)
 
+    def _load_best_model(self) -> None:
+        """By the same translation of names; transformers' own would mix the best model with the last one."""
+        if isinstance(self.model, PeftModel) or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def save_merged(self) -> str:
+        """Beside an adapter, the model with the adapter in it: what engines and evaluation load. Returns its folder.
+
+        Nothing may be trained afterwards. DeepSpeed and FSDP hold parts of the weights elsewhere: there it is left out.
+        """
+        if not isinstance(self.model, PeftModel) or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return self.args.output_dir
+        folder = Path(self.args.output_dir) / "merged"
+        if self.is_world_process_zero():
+            self.model.merge_and_unload().save_pretrained(folder)
+            self.processing_class.save_pretrained(folder)
+            if self.markers is not None:
+                self.markers.format.save(folder)
+        return str(folder)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """The format goes beside every checkpoint, so that no other one is used with it by mistake."""
         super()._save(output_dir, state_dict)
@@ -233,6 +266,8 @@ class LatentSFTTrainer(SFTTrainer):
 
 def _last_of_spans(rows: Tensor, spans: Tensor, share: float) -> Tensor:
     """[N] bool: the last `share` of the latents of each span. Latents come by row, then position."""
+    if not len(rows):
+        return torch.zeros(0, dtype=torch.bool, device=rows.device)
     span = rows * (int(spans.max()) + 1) + spans
     counts = torch.bincount(span)
     order = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[span]

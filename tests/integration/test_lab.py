@@ -21,7 +21,7 @@ from rl_lvr.lab.picture import table
 
 def demo(out: Path, *more: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "rl_lvr.cli", "lab", "demo", "--out", str(out)]
-    command += ["--train", "128", "--test", "16", "--max-steps", "4", *more]
+    command += ["--train", "128", "--test", "16", "--max-steps", "6", *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
@@ -36,11 +36,12 @@ def test_a_demo_that_is_cut_off_goes_on_and_a_third_run_does_nothing(tmp_path: P
     while not (out / "seed-0" / "pretrain" / "run.json").is_file() and first.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    first.send_signal(signal.SIGTERM)
+    os.killpg(first.pid, signal.SIGINT)  # what Ctrl-C in a terminal does
     error = first.communicate(timeout=60)[1]
     assert first.returncode == 130, error
     assert "the same command goes on" in error
     assert "Traceback" not in error
+    assert list((out / "seed-0" / "pretrain").glob("checkpoint-*/trainer_state.json"))
     alive = subprocess.run(["pgrep", "-f", str(out)], capture_output=True, text=True, check=False).stdout.split()
     assert alive == []  # no child is left behind
 
@@ -74,7 +75,7 @@ def test_evaluate_prints_a_table_and_keeps_every_answer(tmp_path: Path, capsys: 
     assert sft(build_model(tmp_path / "model"), data, tmp_path / "out") == 0
     capsys.readouterr()
     arguments = ["lab", "evaluate", str(tmp_path / "out"), "--data", str(data / "test.parquet"), "--max-tokens", "8"]
-    assert cli.main([*arguments, "--conditions", "own,noise,none", "--out", str(tmp_path / "t.json")]) == 0
+    assert cli.main([*arguments, "--conditions", "own, noise,none", "--out", str(tmp_path / "t.json")]) == 0
     found = json.loads((tmp_path / "t.json").read_text())
     assert set(found) == {"n", "own", "noise", "none"}
     rows = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
@@ -84,12 +85,14 @@ def test_evaluate_prints_a_table_and_keeps_every_answer(tmp_path: Path, capsys: 
         assert sum(mine) / len(mine) == found[name]
     assert f"{'own':14} {found['own']:.4f}" in capsys.readouterr().out
 
+    assert cli.main([*arguments, "--out", str(tmp_path / "t.json")]) == 2
+    assert "exists" in capsys.readouterr().err
     assert cli.main([*arguments, "--conditions", "own,nose"]) == 2
     assert "no condition 'nose'" in capsys.readouterr().err
     assert cli.main([*arguments, "--conditions", "own", "--format", "lantern"]) == 2
     assert "was trained with latent format 'lvr'" in capsys.readouterr().err
     assert cli.main(["lab", "evaluate", str(tmp_path / "model"), "--data", str(data / "test.parquet")]) == 2
-    assert "name a format with --format" in capsys.readouterr().err
+    assert "does not say which latent format" in capsys.readouterr().err
 
 
 def test_the_two_sets_ask_what_they_claim() -> None:

@@ -40,7 +40,9 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(recipe: Path) -> None:
 
 
 def test_lists_and_null(recipe: Path) -> None:
-    recipe.write_text(GOOD + "eval_file: b.jsonl\nlatent_eval_conditions: [own, skip]\nstop_at: null\n")
+    recipe.write_text(
+        GOOD + "eval_file: b.jsonl\nlatent_eval_steps: 5\nlatent_eval_conditions: [own, skip]\nstop_at: null\n"
+    )
     (config, _), _ = parse(recipe)
     assert config.latent_eval_conditions == ["own", "skip"]
     assert config.stop_at is None
@@ -56,7 +58,10 @@ def test_lists_and_null(recipe: Path) -> None:
         ("latent_objective: mse", "no latent objective 'mse'"),
         ("latent_eval_conditions: [sometimes]", "sometimes"),
         ("latent_eval_steps: 10", "eval_file is missing"),
-        ("packing: true", "packing"),
+        ("eval_file: b.jsonl", "nothing reads it"),
+        ("eval_strategy: steps", "eval_file is missing"),
+        ("learning_rate: -1", "0 or more"),
+        ("label_smoothing_factor: 0.1", "no latents"),
         ("- a list", "YAML"),
         ("a: [", "no valid YAML"),
     ],
@@ -67,6 +72,22 @@ def test_a_mistake_in_a_recipe_is_one_clear_line(recipe: Path, line: str, words:
         parse(recipe)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_both_spellings_of_config_and_a_recipe_without_it(recipe: Path) -> None:
+    (config, _), _ = parse_recipe(TYPES, [f"--config={recipe}", "--latent_k", "3"])
+    assert config.latent_k == 3
+    with pytest.raises(UserError, match="named with --config"):
+        parse_recipe(TYPES, [str(recipe)])
+
+
+def test_weights_over_training(recipe: Path) -> None:
+    (config, _), _ = parse(recipe, "--latent_weight=2", "--latent_weight_end=0")
+    assert [config.weight_at(p) for p in (0, 0.5, 1)] == [2, 1, 0]
+    (config, _), _ = parse(recipe, "--latent_weight=2", "--latent_weight_end=0", "--latent_weight_schedule=cosine")
+    assert config.weight_at(0.25) == pytest.approx(1 + 2**-0.5)
+    (config, _), _ = parse(recipe, "--latent_weight=2", "--latent_weight_schedule=constant")
+    assert config.weight_at(0.9) == 2
 
 
 def test_unknown_flags_and_missing_files(recipe: Path, tmp_path: Path) -> None:
