@@ -31,6 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     measure.add_argument("--max-tokens", type=int, default=64, help="longest completion")
     measure.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     measure.add_argument("--seed", type=int, default=0)
+    measure.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
     measure.add_argument("--out", help="write the accuracies as JSON; every answer goes beside it as JSONL")
 
     demo = verbs.add_parser("demo", help="a model whose latents carry the answer and one whose latents are idle")
@@ -86,11 +87,15 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         if out.exists():
             raise UserError(f"{out} exists: choose another file for --out, or delete it first.")
 
+    import torch
+
     from rl_lvr import quiet
     from rl_lvr.evaluation.evaluate import evaluate
     from rl_lvr.rollout.types import Sampling
 
     quiet.transformers()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     found = evaluate(
         arguments.model,
         arguments.data,

@@ -291,14 +291,9 @@ class _Demo:
         """A table of one model; kept beside it, so that a second run does not answer everything again."""
         path = stage.folder.with_name(f"{stage.name}-on-{data}.json")
         if not path.is_file():
-            arguments = [
-                "lab",
-                "evaluate",
-                str(stage.folder),
-                "--data",
-                str(self.data(data) / "test.parquet"),
-            ]
+            arguments = ["lab", "evaluate", str(stage.folder), "--data", str(self.data(data) / "test.parquet")]
             arguments += ["--conditions", ",".join(conditions), "--format", "lvr", "--out", str(path)]
+            arguments += ["--threads", str(stage.threads)]
             self._call(arguments, stage.folder.with_suffix(".txt"), f"evaluating {stage.name}")
         return json.loads(path.read_text(encoding="utf-8"))
 
