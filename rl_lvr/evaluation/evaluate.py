@@ -18,6 +18,7 @@ from rl_lvr.latents.feedback import attach_feedback
 from rl_lvr.latents.format import LatentFormat, choose_format
 from rl_lvr.latents.interventions import Intervention
 from rl_lvr.models import family_of, load_model
+from rl_lvr.models.loading import checkpoint_folder
 from rl_lvr.progress import track
 from rl_lvr.rollout.hf import HFRolloutEngine
 from rl_lvr.rollout.types import Sampling
@@ -63,6 +64,7 @@ def evaluate(
     """
     require_valid(data_file)
     records = load_records(data_file, limit)
+    model_path = str(checkpoint_folder(model_path))
     latent_format = choose_format(format_name, LatentFormat.load(model_path), model_path)
     model, processor = load_model(model_path, device="cuda" if torch.cuda.is_available() else "cpu")
     family = family_of(model)

@@ -93,6 +93,10 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _model_type(folder: Path) -> str:
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder} holds an adapter, not a model: use the merged one (rl-lvr sft writes it to {folder / 'merged'})."
+        )
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is no model folder: it holds no config.json.")
     model_type = _json(folder / "config.json").get("model_type")

@@ -22,6 +22,7 @@ from rl_lvr.latents.feedback import NAME as FEEDBACK
 from rl_lvr.latents.feedback import attach_feedback
 from rl_lvr.latents.format import FormatIds, LatentFormat
 from rl_lvr.models import family_of, load_model
+from rl_lvr.models.loading import checkpoint_folder
 from rl_lvr.rollout.hf import HFRolloutEngine
 from rl_lvr.training.callbacks import Interrupt, LatentAccuracy, MetricsFile, Progress, StopAt
 from rl_lvr.training.config import WITHOUT_EFFECT, LatentSFTConfig
@@ -105,6 +106,7 @@ def _check(
     path = model_config.model_name_or_path
     if not path:
         raise UserError("model_name_or_path is missing: name the model to start from.")
+    path = str(checkpoint_folder(path))
     for name, why in WITHOUT_EFFECT.items():
         if given.get(name) not in (None, False, "false"):
             raise UserError(f"{name} has no effect here ({why}): leave it out.")
