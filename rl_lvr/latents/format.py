@@ -309,7 +309,8 @@ def choose_format(name: str | None, stored: LatentFormat | None, folder: str | P
     if stored is None:
         if name is None:
             raise UserError(
-                f"{folder} does not say which latent format it was trained with: name one ({', '.join(PRESETS)})."
+                f"{folder} does not say which latent format it was trained with: name one with --format, or as "
+                f"latent_format in a recipe ({', '.join(PRESETS)})."
             )
         return get_format(name, **changes)
     chosen = replace(stored, **changes) if name in (None, stored.name) else get_format(name, **changes)

@@ -136,7 +136,8 @@ class Interrupt(TrainerCallback):
         self.received: int | None = None
         self._before: dict[int, Any] = {}
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def install(self) -> None:
+        """Listen from now on."""
         for number in (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, self._note)
 

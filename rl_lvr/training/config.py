@@ -99,6 +99,10 @@ class LatentSFTConfig(SFTConfig):
     latent_weight: float = field(default=1.0, metadata={"help": "Weight of the latent objective at the start."})
     latent_weight_end: float | None = field(default=None, metadata={"help": "Its weight at the end of training."})
     latent_weight_schedule: str = field(default="linear", metadata={"help": "constant, linear or cosine."})
+    latent_noise: float = field(
+        default=0.0,
+        metadata={"help": "Gaussian noise on the targets that are fed, in standard deviations of the targets."},
+    )
     own_latents: float = field(
         default=0.0,
         metadata={
@@ -141,6 +145,7 @@ class LatentSFTConfig(SFTConfig):
                 raise UserError(f"latent_eval_conditions holds {name!r}; choose from {', '.join(EVAL_CONDITIONS)}.")
         for name in (
             "learning_rate",
+            "latent_noise",
             "latent_weight",
             "latent_weight_end",
             "latent_eval_steps",

@@ -87,6 +87,7 @@ def train_sft(config: LatentSFTConfig, model_config: ModelConfig, given: dict[st
     if questions is not None and chosen is not None:
         engine = HFRolloutEngine(trainer.model, processor, chosen, batch_size=config.latent_eval_batch)
         trainer.add_callback(LatentAccuracy(questions, engine, trainer))
+    interrupt.install()
     if trainer.is_world_process_zero():
         if config.overwrite and checkpoint is None:
             clear_run(config.output_dir, path, config.train_file, config.eval_file)

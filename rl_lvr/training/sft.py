@@ -136,7 +136,10 @@ class LatentSFTTrainer(SFTTrainer):
             number = torch.full(ids.shape, -1, device=ids.device)
             number[rows, places] = torch.arange(len(rows), device=ids.device)
             at = number[targets.rows, targets.positions]
-            values = values.to(vectors.dtype).index_put((at,), vectors)
+            fed = vectors
+            if self.args.latent_noise and self.model.training:
+                fed = vectors + self.args.latent_noise * vectors.std() * torch.randn_like(vectors)
+            values = values.to(vectors.dtype).index_put((at,), fed)
             own[at] = False
         # A latent without a target is exact once all those before it in its row are.
         passes = int(torch.bincount(rows, own.float()).max()) if len(rows) else 0

@@ -175,6 +175,23 @@ def test_scheduled_own_latents_replace_the_end_of_a_span(place: Path, tmp_path: 
     assert trainer.args.own_share_at(0.75) == pytest.approx(0.335)
 
 
+def test_noise_is_on_what_is_fed_and_not_on_what_is_predicted(place: Path, tmp_path: Path) -> None:
+    bench = Bench(place / "model", count=24)
+    batch = bench.batch()
+    targets = batch.pop("targets")
+    images = {key: batch[key] for key in bench.family.image_keys if key in batch}
+    clean, _ = target_vectors(bench.family, bench.model, images, targets)
+    trainer = trainer_of(bench, tmp_path / "out", latent_noise=0.25)
+    trainer.model.train()
+    latents, vectors, _ = trainer._latents(batch, bench.markers, images, targets)
+    assert torch.equal(vectors, clean)
+    noise = latents.values[latents.mask] - clean
+    assert float(noise.std() / clean.std()) == pytest.approx(0.25, rel=0.05)
+    trainer.model.eval()
+    latents, _, _ = trainer._latents(batch, bench.markers, images, targets)
+    assert torch.equal(latents.values[latents.mask], clean)
+
+
 def test_frozen_parts_do_not_move_and_the_rest_does(place: Path, tmp_path: Path) -> None:
     assert sft(place / "model", place / "data", tmp_path / "frozen") == 0
     assert sft(place / "model", place / "data", tmp_path / "open", freeze_merger=False) == 0
