@@ -16,7 +16,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     build = verbs.add_parser("build", help="a tiny untrained model with its tokenizer and processor")
     build.add_argument("--out", required=True, help="folder to write")
     build.add_argument("--family", choices=FAMILIES, default="qwen2_5_vl")
-    build.add_argument("--grid", default="3x4", help="cells of the puzzles: their colours are words of the tokenizer")
+    build.add_argument("--grid", default="3x3", help="cells of the puzzles: their colours are words of the tokenizer")
     build.add_argument("--layers", type=int, default=3, help="text layers")
     build.add_argument("--hidden", type=int, default=128, help="width of the text model")
     build.add_argument("--seed", type=int, default=0)

@@ -34,8 +34,8 @@ class DemoConfig:
 
     family: str = "qwen2_5_vl"
     rows: int = 3
-    cols: int = 4
-    hops: int = 6
+    cols: int = 3
+    hops: int = 5
     train: int = 24000
     test: int = 1000
     max_steps: int | None = None
@@ -220,9 +220,21 @@ class _Demo:
         folder = path.parent
         clock = time.monotonic()
         base = folder / "base"
+        grid = f"{self.config.rows}x{self.config.cols}"
         if not (base / "config.json").is_file():
             self._call(
-                ["lab", "build", "--out", str(base), "--family", self.config.family, "--seed", str(seed)],
+                [
+                    "lab",
+                    "build",
+                    "--out",
+                    str(base),
+                    "--family",
+                    self.config.family,
+                    "--grid",
+                    grid,
+                    "--seed",
+                    str(seed),
+                ],
                 folder / "build.txt",
                 "building the model",
             )

@@ -15,7 +15,7 @@ def build_lab_model(
     out: str | Path,
     *,
     family: str = "qwen2_5_vl",
-    grid: str = "3x4",
+    grid: str = "3x3",
     layers: int = 3,
     hidden: int = 128,
     seed: int = 0,
@@ -23,7 +23,7 @@ def build_lab_model(
     """An untrained model whose tokenizer knows the words of the pointer puzzles of this grid."""
     rows, _, cols = grid.partition("x")
     if not (rows.isdigit() and cols.isdigit()):
-        raise UserError(f"--grid is {grid!r}; write rows x columns, such as 3x4.")
+        raise UserError(f"--grid is {grid!r}; write rows x columns, such as 3x3.")
     if Path(out).exists():
         raise UserError(f"{out} exists already; choose another folder.")
     puzzles = PuzzleConfig(rows=int(rows), cols=int(cols), hops=1, latents="none")

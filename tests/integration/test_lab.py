@@ -55,7 +55,7 @@ def test_a_demo_that_is_cut_off_goes_on_and_a_third_run_does_nothing(tmp_path: P
         assert set(summary[name]) == kept
         assert summary[name]["n"] == 16
         assert summary["seeds"][0][name]["own"] == summary[name]["own"]
-    assert summary["diagnostic"]["chance"] == pytest.approx(1 / 11)
+    assert summary["diagnostic"]["chance"] == pytest.approx(1 / 8)
     assert summary["seconds"]["total"] > 0
     assert table(summary) in printed
 
@@ -101,8 +101,8 @@ def test_the_two_sets_ask_what_they_claim() -> None:
 
     config = DemoConfig()
     weak = generate(config.puzzles("weak"), 20, "test")
-    assert {record.latents[0].cells for record in weak} == {(0,) * 6}
+    assert {record.latents[0].cells for record in weak} == {(0,) * 5}
     assert all(record.meta["hops"] == 1 for record in weak)
     deep = generate(config.puzzles("diagnostic"), 20, "test")
-    assert all(record.latents[0].cells == tuple(record.meta["cells"][:6]) for record in deep)
-    assert chance(config.puzzles("diagnostic")) == pytest.approx(1 / 11)
+    assert all(record.latents[0].cells == tuple(record.meta["cells"][:5]) for record in deep)
+    assert chance(config.puzzles("diagnostic")) == pytest.approx(1 / 8)
