@@ -106,11 +106,14 @@ class LatentSFTConfig(SFTConfig):
     own_latents: float = field(
         default=0.0,
         metadata={
-            "help": "Own predictions in place of targets: share of a span, from its end, at the end of training."
+            "help": "Own predictions in place of targets: share of a span, from its end, once the ramp is complete."
         },
     )
     own_latents_start: float = field(
         default=0.6, metadata={"help": "Fraction of training after which that ramp begins."}
+    )
+    own_latents_end: float = field(
+        default=1.0, metadata={"help": "Fraction of training at which that ramp is complete."}
     )
 
     # freezing
@@ -137,7 +140,7 @@ class LatentSFTConfig(SFTConfig):
         for name, allowed in (("oracle", ("tokens", "crop")), ("latent_weight_schedule", SCHEDULES)):
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name} is {getattr(self, name)!r}; choose {' or '.join(allowed)}.")
-        for name in ("own_latents", "own_latents_start"):
+        for name in ("own_latents", "own_latents_start", "own_latents_end"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be between 0 and 1.")
         for name in self.latent_eval_conditions:
@@ -202,6 +205,7 @@ class LatentSFTConfig(SFTConfig):
 
     def own_share_at(self, progress: float) -> float:
         """Share of each span that is fed with own predictions at a fraction of training (LanteRn ramps from 60 %)."""
-        if progress <= self.own_latents_start or not self.own_latents:
+        if progress <= self.own_latents_start:
             return 0.0
-        return self.own_latents * (progress - self.own_latents_start) / max(1 - self.own_latents_start, 1e-9)
+        ramp = (progress - self.own_latents_start) / max(self.own_latents_end - self.own_latents_start, 1e-9)
+        return self.own_latents * min(ramp, 1.0)

@@ -173,6 +173,8 @@ def test_scheduled_own_latents_replace_the_end_of_a_span(place: Path, tmp_path: 
     changed = (forced.values - mixed.values).abs().amax(-1) > 1e-6
     assert changed.tolist() == [[False, True, True]] * 4  # round(0.67 * 3) = 2 of 3
     assert trainer.args.own_share_at(0.75) == pytest.approx(0.335)
+    trainer.args.own_latents_end = 0.6
+    assert [trainer.args.own_share_at(p) for p in (0.5, 0.55, 0.7)] == pytest.approx([0, 0.335, 0.67])
 
 
 def test_noise_is_on_what_is_fed_and_not_on_what_is_predicted(place: Path, tmp_path: Path) -> None:
