@@ -61,7 +61,7 @@ def draw(summary: dict[str, Any], path: Path) -> None:
         axis.set_ylim(0, 1.12)
         axis.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, loc="upper right", bbox_to_anchor=(1.0, 0.9), fontsize=9)
+    axes[0].legend(frameon=False, loc="upper right", bbox_to_anchor=(1.0, 0.9), fontsize=9)
     axes[0].set_ylabel(f"accuracy on {summary['diagnostic']['n']} held-out puzzles")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
