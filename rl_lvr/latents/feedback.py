@@ -67,10 +67,9 @@ def attach_feedback(
     """
     if format.projector == "none" and format.norm == "none":
         return
-    base = unwrapped(model)
-    if hasattr(base, "get_base_model"):
+    if any(hasattr(module, "get_base_model") for module in model.modules()):
         raise ValueError(f"attach the latent feedback before PEFT wraps the model, and name {NAME} in modules_to_save.")
-    embedding = input_embeddings(base)
+    base, embedding = unwrapped(model), input_embeddings(model)
     assert isinstance(embedding, nn.Embedding)
     module = LatentFeedback(embedding.embedding_dim, format.projector, format.norm)
     stored = _stored(folder) if folder is not None else {}

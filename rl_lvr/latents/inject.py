@@ -18,16 +18,23 @@ from rl_lvr.latents.batch import LatentBatch
 from rl_lvr.latents.format import FormatIds
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DDP and DeepSpeed wrappers."""
-    while isinstance(inner := getattr(model, "module", None), nn.Module):
-        model = inner
-    return model
+def unwrapped(model: nn.Module) -> Any:
+    """The transformers model inside PEFT, DDP, DeepSpeed and `torch.compile` wrappers."""
+    inner: Any = model
+    while True:
+        if "module" in inner._modules:  # DDP, DeepSpeed
+            inner = inner.module
+        elif "_orig_mod" in inner._modules:  # torch.compile
+            inner = inner._orig_mod
+        elif hasattr(inner, "get_base_model"):  # PEFT: its layers are inside the model itself
+            inner = inner.get_base_model()
+        else:
+            return inner
 
 
 def input_embeddings(model: nn.Module) -> nn.Module:
     """The module that looks token ids up, inside any wrapper."""
-    embedding: nn.Module = unwrapped(model).get_input_embeddings()  # type: ignore[operator]
+    embedding: nn.Module = unwrapped(model).get_input_embeddings()
     return embedding
 
 

@@ -1,6 +1,6 @@
 """What differs between backbone families, and nothing else. Import from here, and from `models.oracle`."""
 
-from rl_lvr.models.base import Family, Positions, TokenGrid, unwrap
+from rl_lvr.models.base import Family, Positions, TokenGrid
 from rl_lvr.models.loading import load_model
 from rl_lvr.models.registry import UnsupportedFamily, family_of, register_family
 
@@ -12,5 +12,4 @@ __all__ = [
     "family_of",
     "load_model",
     "register_family",
-    "unwrap",
 ]

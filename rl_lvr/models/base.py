@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rl_lvr.errors import UserError
+from rl_lvr.latents.inject import unwrapped
 
 
 class TokenGrid(NamedTuple):
@@ -48,24 +49,10 @@ class Positions:
         return Positions(self.prefill.index_select(-2, rows), self.first_free.index_select(0, rows))
 
 
-def unwrap(model: nn.Module) -> Any:
-    """The transformers model inside PEFT, DDP, DeepSpeed and `torch.compile` wrappers."""
-    inner: Any = model
-    while True:
-        if "module" in inner._modules:  # DDP, DeepSpeed
-            inner = inner.module
-        elif "_orig_mod" in inner._modules:  # torch.compile
-            inner = inner._orig_mod
-        elif hasattr(inner, "get_base_model"):  # PEFT: its layers are inside the model itself
-            inner = inner.get_base_model()
-        else:
-            return inner
-
-
 class Family(ABC):
     """One backbone family, bound to one checkpoint's config.
 
-    A model argument may be wrapped (see `unwrap`). Image inputs are what the processor returned for the
+    A model argument may be wrapped (see `unwrapped`). Image inputs are what the processor returned for the
     images: its whole output, or the part of it that `image_inputs`, `split_images`, `join_images` return.
     """
 
@@ -105,11 +92,11 @@ class Family(ABC):
 
     def core(self, model: nn.Module) -> Any:
         """The module whose forward takes the model's inputs and gives `last_hidden_state` after the norm."""
-        return unwrap(model).model
+        return unwrapped(model).model
 
     def head(self, model: nn.Module) -> nn.Module:
         """Hidden states to logits."""
-        head: nn.Module = unwrap(model).get_output_embeddings()
+        head: nn.Module = unwrapped(model).get_output_embeddings()
         return head
 
     def text_layers(self, model: nn.Module) -> nn.ModuleList:
@@ -181,7 +168,7 @@ class Family(ABC):
 
     def _as_embeddings(self, model: nn.Module, features: Sequence[Tensor]) -> list[Tensor]:
         """Features as the forward writes them: in the place and type of the text embeddings."""
-        weight = unwrap(model).get_input_embeddings().weight
+        weight = unwrapped(model).get_input_embeddings().weight
         return [feature.to(weight.device, weight.dtype) for feature in features]
 
     def _token_ids(self, tokenizer: Any, names: Mapping[str, str | None]) -> dict[str, int]:

@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 from torch import nn
 
 from rl_lvr.errors import UserError
-from rl_lvr.models.base import Family, unwrap
+from rl_lvr.latents.inject import unwrapped
+from rl_lvr.models.base import Family
 from rl_lvr.models.internvl import InternVL
 from rl_lvr.models.llava_onevision import LlavaOnevision
 from rl_lvr.models.qwen import Qwen2_5VL, Qwen3VL
@@ -63,7 +64,7 @@ def register_family(family: AnyFamily) -> AnyFamily:
 
 def family_of(model_or_config: Any) -> Family:
     """The family of a model (wrapped or not) or of a config, bound to its config."""
-    config = unwrap(model_or_config).config if isinstance(model_or_config, nn.Module) else model_or_config
+    config = unwrapped(model_or_config).config if isinstance(model_or_config, nn.Module) else model_or_config
     return family_class(config.model_type)(config)
 
 
