@@ -167,7 +167,7 @@ def _requests(args: argparse.Namespace, engine: Any, processor: Any) -> list[Any
     )
     family = family_of(engine.model)
     # The same encoder as in training, so that a question is written exactly as the model learned it.
-    ((ids, images),) = Encoder(processor, family, engine.model, engine.markers).prompts([record])
+    ((ids, images),) = Encoder(processor, family, engine.markers).prompts([record])
     kind = Intervention(args.intervention)
     vectors = None
     if args.vectors:
@@ -210,7 +210,7 @@ def _oracle(args: argparse.Namespace, engine: Any, images: dict[str, Any], size:
     family = family_of(engine.model)
     inputs = batch_images(family, engine.model, [images])
     features = family.image_features(engine.model, inputs)[0]
-    return box_oracle(features, family.token_grid(engine.model, inputs)[0], boxes, engine.format.k).cpu()
+    return box_oracle(features, family.token_grid(inputs)[0], boxes, engine.format.k).cpu()
 
 
 def _filler(text: str, tokenizer: Any) -> int:

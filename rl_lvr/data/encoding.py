@@ -89,7 +89,6 @@ class Encoder:
         self,
         processor: Any,
         family: Family,
-        model: torch.nn.Module,
         markers: FormatIds | None,
         *,
         crops: bool = False,
@@ -97,7 +96,6 @@ class Encoder:
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.family = family
-        self.model = model
         self.markers = markers
         self.crops = crops
         placeholders = family.placeholder_ids(self.tokenizer).values()
@@ -210,7 +208,7 @@ class Encoder:
             lengths = [span_length(record, i, self.markers.format) for i in range(len(targets))][len(places) :]
             starts = [len(ids) + sum(lengths[:i]) for i in range(len(lengths))]
             places += [tuple(range(a, a + k)) for a, k in zip(starts, lengths, strict=True)]
-        grids = self.family.token_grid(self.model, images) if images else []
+        grids = self.family.token_grid(images) if images else []
         extra: list[Image.Image] = []
         # Token groups of extra images are known only once all of them are processed.
         pending: list[tuple[tuple[int, ...], list[int]]] = []
@@ -230,7 +228,7 @@ class Encoder:
         if not extra:
             return tuple(t for t in found if t is not None), None
         inputs = self._extra_inputs(extra)
-        extra_grids = self.family.token_grid(self.model, inputs)
+        extra_grids = self.family.token_grid(inputs)
         more = [
             SpanTarget(positions, len(record.images) + i, latent_groups(extra_grids[i], [WHOLE], len(positions)))
             for positions, (i,) in pending

@@ -75,7 +75,7 @@ def evaluate(
     if missing is not None:
         raise UserError(f"record {missing!r} of {data_file} has no answer to compare with.")
     with_oracle = Intervention.ORACLE in conditions
-    encoder = Encoder(processor, family, model, markers if with_oracle else None)
+    encoder = Encoder(processor, family, markers if with_oracle else None)
     chunks = [records[i : i + batch_size] for i in range(0, len(records), batch_size)]
     encoded = [e for chunk in track(chunks, "processing records", unit="batches") for e in encoder.encode(list(chunk))]
     if with_oracle and not all(e.targets for e in encoded):

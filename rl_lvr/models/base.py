@@ -85,7 +85,7 @@ class Family(ABC):
         """[n_i, H] per image: exactly the vectors that the forward writes at the image's placeholders."""
 
     @abstractmethod
-    def token_grid(self, model: nn.Module, images: Mapping[str, Any]) -> list[TokenGrid]:
+    def token_grid(self, images: Mapping[str, Any]) -> list[TokenGrid]:
         """Where in each image's features the tokens are that show the whole image, row by row."""
 
     # ---- what most families share

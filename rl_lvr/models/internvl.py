@@ -74,7 +74,7 @@ class InternVL(Family):
         features = [image.flatten(0, 1) for image in tiles.split(images["num_patches"].tolist())]
         return self._as_embeddings(model, features)
 
-    def token_grid(self, model: nn.Module, images: Mapping[str, Any]) -> list[TokenGrid]:
+    def token_grid(self, images: Mapping[str, Any]) -> list[TokenGrid]:
         """The only tile, or the thumbnail, which the processor puts behind the others."""
         images = self.image_inputs(images)
         if not images:

@@ -78,7 +78,7 @@ class LlavaOnevision(Family):
             return []
         return self._as_embeddings(model, self.core(model).get_image_features(**images).pooler_output)
 
-    def token_grid(self, model: nn.Module, images: Mapping[str, Any]) -> list[TokenGrid]:
+    def token_grid(self, images: Mapping[str, Any]) -> list[TokenGrid]:
         """The base view, which comes first. In a row of several images it is the image padded to a square."""
         images = self.image_inputs(images)
         if not images:

@@ -123,5 +123,5 @@ def crop_oracle(
     device = next(model.parameters()).device
     inputs = {key: value.to(device) for key, value in inputs.items()}
     features = family.image_features(model, inputs)
-    grids = family.token_grid(model, inputs)
+    grids = family.token_grid(inputs)
     return torch.stack([box_oracle(f, grid, [WHOLE], k) for f, grid in zip(features, grids, strict=True)])

@@ -42,7 +42,7 @@ class Qwen2_5VL(Family):  # noqa: N801 - the model's own name
             return []
         return self._as_embeddings(model, self.core(model).get_image_features(**images).pooler_output)
 
-    def token_grid(self, model: nn.Module, images: Mapping[str, Any]) -> list[TokenGrid]:
+    def token_grid(self, images: Mapping[str, Any]) -> list[TokenGrid]:
         images = self.image_inputs(images)
         if not images:
             return []

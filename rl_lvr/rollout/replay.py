@@ -6,7 +6,6 @@ A trainer does the same with every rollout, so a difference here is a difference
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,16 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from rl_lvr.errors import UserError
-from rl_lvr.latents.batch import LatentBatch
 from rl_lvr.latents.feedback import feedback
 from rl_lvr.latents.format import FormatIds
-from rl_lvr.latents.inject import inject, input_embeddings
 from rl_lvr.latents.interventions import Intervention
 from rl_lvr.latents.noise import keyed_normal
 from rl_lvr.models import family_of
 from rl_lvr.rollout import sampling as draws
-from rl_lvr.rollout.forward import batch_images, evaluating
-from rl_lvr.rollout.types import Request, Rollout, RolloutEngine, Sampling, latent_batch
+from rl_lvr.rollout.forward import evaluating, forward_hidden, replay_batch
+from rl_lvr.rollout.types import Request, Rollout, RolloutEngine, Sampling
 
 
 @dataclass(frozen=True)
@@ -55,36 +52,13 @@ def teacher_force(
     with evaluating(model), torch.no_grad():
         for start in range(0, len(rollouts), batch_size):
             rows = rollouts[start : start + batch_size]
-            hidden = _hidden(model, rows, images[start : start + batch_size], markers, feed)
+            batch = replay_batch(model, rows, images[start : start + batch_size])
+            hidden = forward_hidden(model, batch, markers, feed=feed)
             for row, rollout in enumerate(rows):
                 logprobs.append(_logprobs(model, hidden[row], rollout, markers, sampling))
                 before = torch.tensor(rollout.latent_positions, dtype=torch.long, device=hidden.device) - 1
                 latents.append(feedback(model, hidden[row, before]).cpu())
     return Replay(torch.nn.utils.rnn.pad_sequence(logprobs, batch_first=True), latents)
-
-
-def _hidden(
-    model: nn.Module, rollouts: Sequence[Rollout], images: Sequence[Mapping[str, Any]], markers: FormatIds, feed: bool
-) -> Tensor:
-    """Hidden states after the final norm, [B, T, H], rows padded on the right."""
-    family = family_of(model)
-    weight: Any = input_embeddings(model).weight
-    device = weight.device
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(r.ids) for r in rollouts], batch_first=True).to(device)
-    lengths = torch.tensor([len(r.ids) for r in rollouts], device=device)
-    mask = (torch.arange(ids.shape[1], device=device) < lengths[:, None]).long()
-    joined = batch_images(family, model, images)
-    latents: LatentBatch = latent_batch(rollouts)
-    with inject(model, latents, markers) if feed else nullcontext():
-        output = family.core(model)(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=family.positions(model, ids, mask, joined).prefill,
-            use_cache=False,
-            **joined,
-        )
-    hidden: Tensor = output.last_hidden_state
-    return hidden
 
 
 def _logprobs(model: nn.Module, hidden: Tensor, rollout: Rollout, markers: FormatIds, sampling: Sampling) -> Tensor:

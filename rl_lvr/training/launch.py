@@ -53,7 +53,7 @@ def train_sft(config: LatentSFTConfig, model_config: ModelConfig, given: dict[st
     set_seed(config.seed)  # new tokens and projectors are drawn here, before TRL sets the seed
     model, processor, markers = _model(path, config, model_config, chosen)
     family = family_of(model)
-    encoder = Encoder(processor, family, model, markers, crops=config.oracle == "crop")
+    encoder = Encoder(processor, family, markers, crops=config.oracle == "crop")
     with config.main_process_first(desc="processing records"):
         train = _encoded(load_records(config.train_file, config.train_limit), encoder, config, config.train_file)
         evaluation: Sequence[Encoded] = ()

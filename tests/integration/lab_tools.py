@@ -83,7 +83,7 @@ class Bench:
             self.tokenizer, self.family.placeholder_ids(self.tokenizer)
         )
         self.records = generate(PUZZLES, count, "train")
-        self.encoder = Encoder(self.processor, self.family, self.model, self.markers, crops=crops)
+        self.encoder = Encoder(self.processor, self.family, self.markers, crops=crops)
         self.encoded = self.encoder.encode(self.records)
 
     def batch(self) -> dict[str, Any]:

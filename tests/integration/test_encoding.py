@@ -65,7 +65,7 @@ def test_targets_are_the_tokens_of_the_cells_on_the_path(folders: dict[str, Path
     vectors = vectors.view(len(bench.records), PUZZLES.hops, -1)
     for b, (record, row) in enumerate(zip(bench.records, bench.encoded, strict=True)):
         features = bench.family.image_features(bench.model, row.images)[0]
-        grid = bench.family.token_grid(bench.model, row.images)[0]
+        grid = bench.family.token_grid(row.images)[0]
         expected = []
         for cell in record.meta["cells"][: PUZZLES.hops]:
             r, c = divmod(cell, PUZZLES.cols)
@@ -105,7 +105,7 @@ def test_crops_go_through_the_tower_on_their_own(folders: dict[str, Path]) -> No
 
 def test_a_twin_without_latents_has_the_same_prompt_and_answer(folders: dict[str, Path]) -> None:
     bench = Bench(folders["qwen2_5_vl"])
-    twin = Encoder(bench.processor, bench.family, bench.model, None).encode(bench.records)[0]
+    twin = Encoder(bench.processor, bench.family, None).encode(bench.records)[0]
     row = bench.encoded[0]
     span = find_spans(row.input_ids.numpy(), bench.markers).spans[0]
     kept = torch.cat([row.input_ids[: span.begin], row.input_ids[span.stop :]])

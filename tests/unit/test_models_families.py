@@ -68,7 +68,7 @@ def test_token_grid_is_row_major_over_the_whole_image(tiny, monkeypatch):
         monkeypatch.setattr(module, "forward", torch.zeros_like)
     blank = Image.new("RGB", (112, 56), (90, 90, 90))
     base = make_batch(processor, [([blank], "what")])
-    (grid,) = family.token_grid(model, base)
+    (grid,) = family.token_grid(base)
     assert grid.rows * grid.cols > 1
     (before,) = family.image_features(model, base)
     width, height = blank.width / grid.cols, blank.height / grid.rows
@@ -258,7 +258,7 @@ def test_text_alone_has_no_images(tiny):
     assert family.image_inputs(batch) == {}
     assert family.count_images(batch) == 0
     assert family.split_images(batch, [0, 0]) == [{}, {}]
-    assert family.image_features(model, batch) == family.token_grid(model, batch) == []
+    assert family.image_features(model, batch) == family.token_grid(batch) == []
     positions = family.positions(model, batch["input_ids"], batch["attention_mask"])
     assert positions.first_free.tolist() == batch["attention_mask"].sum(-1).tolist()
 

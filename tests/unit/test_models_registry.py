@@ -81,9 +81,7 @@ QWEN2_VL_MEMBERS = {
     "image_features": lambda self, model, images: list(
         self.core(model).get_image_features(**self.image_inputs(images)).pooler_output
     ),
-    "token_grid": lambda self, model, images: [
-        TokenGrid(0, h // 2, w // 2) for _, h, w in images["image_grid_thw"].tolist()
-    ],
+    "token_grid": lambda self, images: [TokenGrid(0, h // 2, w // 2) for _, h, w in images["image_grid_thw"].tolist()],
 }
 
 
@@ -114,7 +112,7 @@ def test_the_named_members_are_all_that_a_fifth_family_needs(own_registry, load_
         rows = family.split_images(batch, [1, 1])
         alone = [family.image_features(model, row)[0] for row in rows]
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(whole, alone, strict=True))
-    assert family.token_grid(model, batch) == [TokenGrid(0, 2, 3)] * 2
+    assert family.token_grid(batch) == [TokenGrid(0, 2, 3)] * 2
     assert family.core(model) is model.model
     assert family.head(model) is model.lm_head
     assert len(family.text_layers(model)) == 2
@@ -149,7 +147,7 @@ def test_internvl_tiles_are_counted_in_the_ids(load_tiny):
     with pytest.raises(ValueError, match="do not belong together"):
         family.image_inputs(dict(batch, pixel_values=batch["pixel_values"][1:]))
     with pytest.raises(UserError, match="no thumbnail"):
-        family.token_grid(model, {"pixel_values": batch["pixel_values"][:2], "num_patches": torch.tensor([2])})
+        family.token_grid({"pixel_values": batch["pixel_values"][:2], "num_patches": torch.tensor([2])})
 
 
 def test_llava_rows_are_not_torn_apart(load_tiny):
@@ -168,7 +166,7 @@ def test_video_is_refused(load_tiny):
     with pytest.raises(UserError, match="only images"):
         family.positions(model, ids)
     with pytest.raises(UserError, match="4 frames"):
-        family.token_grid(model, {"pixel_values": torch.zeros(16, 4), "image_grid_thw": torch.tensor([[4, 2, 2]])})
+        family.token_grid({"pixel_values": torch.zeros(16, 4), "image_grid_thw": torch.tensor([[4, 2, 2]])})
 
 
 def test_a_tokenizer_of_another_family_is_refused(load_tiny):

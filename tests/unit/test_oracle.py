@@ -139,7 +139,7 @@ def test_a_box_around_one_token_gives_that_token(load_tiny):
         model, processor = load_tiny(name)
         family = family_of(model)
         batch = make_batch(processor, [([noise_image(0, 56, 84)], "red")])
-        (features,), (grid,) = family.image_features(model, batch), family.token_grid(model, batch)
+        (features,), (grid,) = family.image_features(model, batch), family.token_grid(batch)
         assert (grid.rows, grid.cols) == (2, 3)
         boxes = [cell_box(r, c, 2, 3) for r in range(2) for c in range(3)]
         assert torch.equal(box_oracle(features, grid, boxes, 6), features)
@@ -156,7 +156,7 @@ def test_box_oracle_has_no_gradient(load_tiny):
     model, processor = load_tiny("qwen3_vl")
     family = family_of(model)
     batch = make_batch(processor, [([noise_image(0)], "red")])
-    (features,), (grid,) = family.image_features(model, batch), family.token_grid(model, batch)
+    (features,), (grid,) = family.image_features(model, batch), family.token_grid(batch)
     assert features.requires_grad
     assert not box_oracle(features, grid, [WHOLE], 2).requires_grad
 
@@ -172,7 +172,7 @@ def test_a_crop_of_everything_is_the_mean_of_the_image(tiny):
     batch = make_batch(processor, [([image], "red") for image in images])
     found = crop_oracle(model, processor, images, [WHOLE, WHOLE], 2)
     assert found.shape == (2, 2, family.hidden_size)
-    grids, features = family.token_grid(model, batch), family.image_features(model, batch)
+    grids, features = family.token_grid(batch), family.image_features(model, batch)
     for ours, grid, tokens in zip(found, grids, features, strict=True):
         whole = tokens[grid.offset : grid.offset + grid.rows * grid.cols]
         assert torch.allclose(ours, group_mean(whole, 2), atol=1e-4)
@@ -216,7 +216,7 @@ def test_the_padded_square_of_several_images_is_known(load_tiny, monkeypatch):
     (before, _), (after, _) = (
         family.image_features(model, make_batch(processor, [([image, blank], "red")])) for image in (blank, painted)
     )
-    grid = family.token_grid(model, make_batch(processor, [([painted, blank], "red")]))[0]
+    grid = family.token_grid(make_batch(processor, [([painted, blank], "red")]))[0]
     assert grid.area == (0.0, 0.25, 1.0, 0.75)
     changed = ((after - before).abs().amax(-1) > 1e-3).nonzero()[:, 0].tolist()
     assert changed == tokens_in_box(grid, (0.5, 0, 1, 1)).tolist() == [6, 7, 10, 11]
