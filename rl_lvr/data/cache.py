@@ -25,6 +25,7 @@ from torch import Tensor
 from rl_lvr import progress
 from rl_lvr.data.encoding import Encoded, Encoder, SpanTarget
 from rl_lvr.data.records import Records
+from rl_lvr.data.sources import locate
 
 VERSION = 1
 SHARD = 4096
@@ -98,7 +99,7 @@ def cache_key(path: str, records: Records, encoder: Encoder) -> dict[str, Any]:
     processor = encoder.processor
     template = (encoder.tokenizer.backend_tokenizer.to_str(), processor.chat_template, processor.to_json_string())
     return {
-        "data": file_digest(data_path(path)),
+        "data": file_digest(locate(path)[0]),
         "name": path,
         "images": images.hexdigest(),
         "records": len(records),
@@ -108,12 +109,6 @@ def cache_key(path: str, records: Records, encoder: Encoder) -> dict[str, Any]:
         "crops": encoder.crops,
         "transformers": metadata.version("transformers"),
     }
-
-
-def data_path(path: str) -> Path:
-    """The file or folder of a data file's name, without the split behind a colon."""
-    whole = Path(path)
-    return whole if whole.exists() else Path(path.rpartition(":")[0])
 
 
 def file_digest(path: Path) -> str:

@@ -45,28 +45,33 @@ class RowSource(Protocol):
         ...
 
 
+def locate(path: str | Path) -> tuple[Path, str | None]:
+    """The file or folder that a data file's name stands for, and the split behind its colon."""
+    text = str(path)
+    whole = Path(text)
+    if whole.exists():
+        return whole, None
+    name, colon, split = text.rpartition(":")
+    if not colon or not Path(name).exists():
+        raise UserError(f"data file {text} does not exist: check the path.")
+    return Path(name), split
+
+
 def open_source(path: str | Path) -> tuple[RowSource, Path]:
     """The rows of `path` and the folder that its image paths are relative to."""
-    text = str(path)
-    file = Path(text)
-    if file.is_file():
-        suffix = file.suffix.lower()
-        if suffix == ".jsonl":
-            return JsonlRows(file), file.parent
-        if suffix == ".parquet":
-            return _open_parquet(file), file.parent
-        raise UserError(
-            f"{text} is neither .jsonl nor .parquet: convert it to one of these, or save it with "
-            "datasets' save_to_disk."
-        )
-    if file.is_dir():
-        return _open_saved(file, None), file
-    folder, colon, split = text.rpartition(":")
-    if colon and Path(folder).is_dir():
-        return _open_saved(Path(folder), split), Path(folder)
-    if colon and Path(folder).is_file():
-        raise UserError(f"{folder} is a single file and has no split {split!r}: leave ':{split}' out.")
-    raise UserError(f"data file {text} does not exist: check the path.")
+    place, split = locate(path)
+    if place.is_dir():
+        return _open_saved(place, split), place
+    if split is not None:
+        raise UserError(f"{place} is a single file and has no split {split!r}: leave ':{split}' out.")
+    suffix = place.suffix.lower()
+    if suffix == ".jsonl":
+        return JsonlRows(place), place.parent
+    if suffix == ".parquet":
+        return _open_parquet(place), place.parent
+    raise UserError(
+        f"{place} is neither .jsonl nor .parquet: convert it to one of these, or save it with datasets' save_to_disk."
+    )
 
 
 class JsonlRows:

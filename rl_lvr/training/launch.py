@@ -12,10 +12,11 @@ from transformers import PrinterCallback, ProgressCallback, set_seed
 from trl import ModelConfig, get_peft_config
 
 from rl_lvr import quiet
-from rl_lvr.data.cache import cache_key, data_path, encoded_records
+from rl_lvr.data.cache import cache_key, encoded_records
 from rl_lvr.data.check import require_valid
 from rl_lvr.data.encoding import Encoded, Encoder, check_trainable
 from rl_lvr.data.records import Records, load_records
+from rl_lvr.data.sources import locate
 from rl_lvr.errors import UserError
 from rl_lvr.evaluation.accuracy import AnswerSet
 from rl_lvr.latents.feedback import NAME as FEEDBACK
@@ -177,7 +178,7 @@ def _encoded(records: Records, encoder: Encoder, config: LatentSFTConfig, path: 
         for record in records:
             encoder.refuse_placeholders(record)
         return LazyEncoded(records, encoder)
-    return encoded_records(records, encoder, cache_key(path, records, encoder), data_path(path).parent / "processed")
+    return encoded_records(records, encoder, cache_key(path, records, encoder), locate(path)[0].parent / "processed")
 
 
 def _questions(records: Records, evaluation: Sequence[Encoded], encoder: Encoder, config: LatentSFTConfig) -> AnswerSet:
