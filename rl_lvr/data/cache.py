@@ -87,22 +87,18 @@ def encoded_records(records: Records, encoder: Encoder, key: dict[str, Any], fol
     return EncodedOnDisk(place)
 
 
-def cache_key(path: str, records: Records, encoder: Encoder) -> dict[str, Any]:
-    """Everything that shapes the encoded records of the data file `path`."""
-    images = hashlib.sha256()
-    for record in records:
-        auxiliary = (image for spec in record.latents or () for image in spec.images or ())
-        for image in (*record.images, *auxiliary):
-            if image.data is None:
-                state = image.path.stat()
-                images.update(f"{image.name} {state.st_size} {state.st_mtime_ns}\n".encode())
+def cache_key(path: str, image_files: str, count: int, encoder: Encoder) -> dict[str, Any]:
+    """Everything that shapes the first `count` encoded records of the data file `path`.
+
+    `image_files` is the digest of a `check.Report`.
+    """
     processor = encoder.processor
     template = (encoder.tokenizer.backend_tokenizer.to_str(), processor.chat_template, processor.to_json_string())
     return {
         "data": file_digest(locate(path)[0]),
         "name": path,
-        "images": images.hexdigest(),
-        "records": len(records),
+        "images": image_files,
+        "records": count,
         "processor": hashlib.sha256(repr(template).encode()).hexdigest(),
         "family": encoder.family.name,
         "format": repr(encoder.markers),

@@ -5,10 +5,11 @@ Structure is judged by schema.py. Here: what needs the disk (images), the whole 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,9 @@ from rl_lvr.data.sources import RowError, RowSource, open_source
 from rl_lvr.errors import UserError
 from rl_lvr.latents.format import PRESETS, LatentFormat
 from rl_lvr.progress import task
+
+Judge = Callable[[Record], None]
+"""Raises RowError for a record that is valid and yet of no use to a run. Called from several threads."""
 
 _CHUNK = 32
 _THREADS = min(8, os.cpu_count() or 1)  # Pillow decodes outside the interpreter's lock
@@ -60,6 +64,10 @@ class Report:
     categories: Counter[str] = field(default_factory=Counter)
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     """Width and height of the images."""
+    image_files: str = ""
+    """A digest of name, size and time of all image files, in the order of the file."""
+    hint: bool = True
+    """Whether `rl-lvr data check` finds the same: False if a run's own judge found something."""
 
     @property
     def ok(self) -> bool:
@@ -94,10 +102,12 @@ class _Checked:
     id: str = ""
     findings: list[Finding] = field(default_factory=list)
     sizes: list[tuple[int, int]] = field(default_factory=list)
+    image_files: list[str] = field(default_factory=list)
     spans: int = 0
     targets: int = 0
     prompt_only: bool = False
     category: str | None = None
+    judged: bool = False
 
 
 class Markers:
@@ -156,9 +166,10 @@ class _Checker:
         markers: Markers,
         max_pixels: int,
         targets_per_span: int | None,
+        judge: Judge | None,
     ) -> None:
         self.source, self.root, self.markers = source, root, markers
-        self.max_pixels, self.targets_per_span = max_pixels, targets_per_span
+        self.max_pixels, self.targets_per_span, self.judge = max_pixels, targets_per_span, judge
         self._seen: dict[str, tuple[int, int] | ImageError] = {}  # image files that several records show
 
     def rows(self, indices: range) -> list[_Checked]:
@@ -184,6 +195,12 @@ class _Checker:
         checked.category = record.category
         self._note(checked, self._texts(record))
         self._note(checked, self._images(record, checked))
+        if self.judge is not None:
+            try:
+                self.judge(record)
+            except RowError as error:
+                checked.judged = True
+                self._note(checked, [error.problem])
         return checked
 
     @staticmethod
@@ -211,12 +228,15 @@ class _Checker:
                 sizes.append(None)
             else:
                 checked.sizes.append(size)
+                checked.image_files += _file_state(image)
                 sizes.append(size)
         for number, spec in enumerate(record.latents or ()):
             for index, image in enumerate(spec.images or ()):
                 size = self._look(image)
                 if isinstance(size, ImageError):
                     yield Problem(f"latents[{number}].images[{index}]", size.what, size.cure)
+                else:
+                    checked.image_files += _file_state(image)
             shown = sizes[spec.image] if spec.boxes else None
             for index, box in enumerate(spec.boxes or ()):
                 if shown is not None and (problem := box_outside(box, *shown, f"latents[{number}].boxes[{index}]")):
@@ -236,6 +256,13 @@ class _Checker:
         return result
 
 
+def _file_state(image: ImageRef) -> list[str]:
+    if image.data is not None:
+        return []
+    state = image.path.stat()
+    return [f"{image.name} {state.st_size} {state.st_mtime_ns}\n"]
+
+
 def check_records(
     path: str | Path,
     *,
@@ -244,12 +271,13 @@ def check_records(
     targets_per_span: int | None = None,
     limit: int | None = None,
     max_findings: int = 1000,
+    judge: Judge | None = None,
 ) -> Report:
     """Check every record of a data file, images included. Raises UserError only if the file cannot be opened.
 
     `latent_formats`: whose literal markers must be balanced (default: all presets). `targets_per_span`: the K
     of the run, if each span must have one target or K. `limit`: only the first so many records.
-    `max_findings`: so many are kept, the rest is counted.
+    `max_findings`: so many are kept, the rest is counted. `judge`: refuses what a run cannot use.
     """
     source, root = open_source(path)
     report = Report(str(path), max_findings)
@@ -260,12 +288,15 @@ def check_records(
         report.add([Finding(source.name, "", "file", "holds no records", "write at least one")])
         return report
     markers = Markers(PRESETS.values() if latent_formats is None else latent_formats)
-    checker = _Checker(source, root, markers, max_pixels, targets_per_span)
+    checker = _Checker(source, root, markers, max_pixels, targets_per_span, judge)
     places: dict[str, str] = {}
+    files = hashlib.sha256()
     with task(f"checking {source.name}", count, "records") as bar:
         for checked in _in_order(checker, count):
             _collect(report, checked, places)
+            files.update("".join(checked.image_files).encode())
             bar.advance(findings=report.total_findings)
+    report.image_files = files.hexdigest()
     return report
 
 
@@ -294,6 +325,7 @@ def _collect(report: Report, checked: _Checked, places: dict[str, str]) -> None:
         places[checked.id] = checked.place
     report.records += 1
     report.bad_records += bool(checked.findings)
+    report.hint &= not checked.judged
     report.add(checked.findings)
     report.images += len(checked.sizes)
     report.sizes.update(checked.sizes)
@@ -311,6 +343,7 @@ def require_valid(
     max_pixels: int = MAX_PIXELS,
     targets_per_span: int | None = None,
     limit: int | None = None,
+    judge: Judge | None = None,
 ) -> Report:
     """The report of a data file without findings; else a UserError with the first of them."""
     report = check_records(
@@ -319,9 +352,11 @@ def require_valid(
         max_pixels=max_pixels,
         targets_per_span=targets_per_span,
         limit=limit,
+        judge=judge,
     )
     if report.ok:
         return report
     first = " ".join(str(finding) for finding in report.findings[:3])
     more = "" if report.total_findings <= 3 else f" And {report.total_findings - 3} more."
-    raise UserError(f"{path} cannot be used: {first}{more} All of them: rl-lvr data check {path}")
+    hint = f" All of them: rl-lvr data check {path}" if report.hint else ""
+    raise UserError(f"{path} cannot be used: {first}{more}{hint}")

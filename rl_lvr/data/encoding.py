@@ -5,7 +5,7 @@ Everything that does not depend on the weights happens here. Oracle vectors depe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from rl_lvr.data.records import LatentTarget, Record
-from rl_lvr.data.schema import LATENT
+from rl_lvr.data.schema import LATENT, Problem
+from rl_lvr.data.sources import RowError
 from rl_lvr.errors import UserError
 from rl_lvr.latents.format import FormatIds, LatentFormat
 from rl_lvr.latents.spans import SpanStatus, find_spans, span_masks
@@ -60,22 +61,17 @@ def span_length(record: Record, index: int, latent_format: LatentFormat) -> int:
     if latent_format.length == "free" and 1 < count <= k:
         return count
     if count and k % count:
-        raise UserError(
-            f"record {record.id!r}: a span of {k} latents cannot share {count} targets evenly; "
-            f"set latent_k to a multiple of {count}, or give one target per span."
+        raise _refused(
+            record,
+            f"latents[{index}]",
+            f"a span of {k} latents cannot share {count} targets evenly",
+            f"set latent_k to a multiple of {count}, or give one target per span",
         )
     return k
 
 
-def check_trainable(records: Iterable[Record], latent_format: LatentFormat | None, *, learned: bool) -> None:
-    """Refuse records that a run could not use, before a model is loaded: targets that do not fit the format, and, of
-    records to be `learned` from, those without an assistant's turn."""
-    for record in records:
-        if learned and record.is_prompt_only:
-            raise UserError(f"record {record.id!r} ends with the user: there is no answer to learn from.")
-        if latent_format is not None:
-            for index in range(len(record.latents or ())):
-                span_length(record, index, latent_format)
+def _refused(record: Record, where: str, what: str, cure: str) -> RowError:
+    return RowError(Problem(where, what, cure), f"record {record.id!r}")
 
 
 class Encoder:
@@ -115,22 +111,35 @@ class Encoder:
         """Prompt ids with image placeholders expanded, and image inputs: what an engine's request holds."""
         return self._process([self._texts(r)[0] for r in records], [r.open_images() for r in records])
 
-    def refuse_placeholders(self, record: Record) -> None:
+    def judge(self, record: Record, *, learned: bool) -> None:
+        """Refuse a record that a run could not use; one to be `learned` from needs an assistant's turn."""
+        if learned and record.is_prompt_only:
+            raise _refused(
+                record, "messages", "end with the user: there is no answer to learn from", "add the assistant's turn"
+            )
+        if self.markers is not None:
+            for index in range(len(record.latents or ())):
+                span_length(record, index, self.markers.format)
+        self._refuse_placeholders(record)
+
+    def _refuse_placeholders(self, record: Record) -> None:
         """An image token in a text would be taken for an image that is not there."""
-        for message in record.messages:
+        for index, message in enumerate(record.messages):
             for part in message["content"]:
-                found = [token for token in self._placeholders if token in part.get("text", "")]
-                if found:
-                    raise UserError(
-                        f"record {record.id!r}: its text holds the token {found[0]!r}, which stands for an image; "
-                        'write a part {"type": "image"} where an image belongs, and spell the token differently.'
-                    )
+                for token in self._placeholders:
+                    if token in part.get("text", ""):
+                        raise _refused(
+                            record,
+                            f"messages[{index}].content",
+                            f"holds the token {token!r}, which stands for an image",
+                            'write a part {"type": "image"} where an image belongs, and spell the token differently',
+                        )
 
     # ---- text
 
     def _texts(self, record: Record) -> tuple[str, str]:
         """Prompt and completion as the chat template writes them, spans expanded."""
-        self.refuse_placeholders(record)
+        self._refuse_placeholders(record)
         spans = iter(self._span_texts(record))
         messages = [
             {

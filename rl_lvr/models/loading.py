@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from rl_lvr.errors import UserError
+from rl_lvr.models.base import Family
 from rl_lvr.models.registry import family_class
 
 INDEX = "model.safetensors.index.json"
@@ -27,10 +28,17 @@ def load_model(
     `more` goes to `from_pretrained`. `device` None leaves the model where transformers puts it, which is what
     DeepSpeed ZeRO-3 needs. The model is in evaluation mode.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    _, processor = load_processor(path, trust_remote_code=trust_remote_code)
+    model = load_weights(path, dtype=dtype, trust_remote_code=trust_remote_code, **more)
+    return model if device is None else model.to(device), processor
+
+
+def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> tuple[Family, Any]:
+    """(family, processor) of a checkpoint, without its weights."""
+    from transformers import AutoConfig, AutoProcessor
 
     folder = checkpoint_folder(path)
-    family_class(_model_type(folder))  # refuse an unknown family before gigabytes are read
+    family = family_class(_model_type(folder))
     _check_weights(folder)
     if not (folder / "tokenizer_config.json").is_file() or not any(
         (folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")
@@ -40,6 +48,18 @@ def load_model(
             "save the base model's processor into it with save_pretrained."
         )
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    return family(config), processor
+
+
+def load_weights(
+    path: str | Path, *, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False, **more: Any
+) -> Any:
+    """The model of a checkpoint, in evaluation mode. `more` goes to `from_pretrained`."""
+    from transformers import AutoModelForImageTextToText
+
+    folder = checkpoint_folder(path)
+    _check_weights(folder)
     model_class: Any = AutoModelForImageTextToText
     model, loaded = model_class.from_pretrained(
         folder,
@@ -56,9 +76,7 @@ def load_model(
             f"the weights in {folder} lack {len(missing)} of the model's parameters, such as {missing[0]}: "
             "the checkpoint is incomplete or belongs to another model class."
         )
-    if device is not None:
-        model = model.to(device)
-    return model.eval(), processor
+    return model.eval()
 
 
 def checkpoint_folder(path: str | Path) -> Path:

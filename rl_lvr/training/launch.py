@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from trl import ModelConfig, get_peft_config
 
 from rl_lvr import quiet
 from rl_lvr.data.cache import cache_key, encoded_records
-from rl_lvr.data.check import require_valid
-from rl_lvr.data.encoding import Encoded, Encoder, check_trainable
+from rl_lvr.data.check import Report, require_valid
+from rl_lvr.data.encoding import Encoded, Encoder
 from rl_lvr.data.records import Records, load_records
 from rl_lvr.data.sources import locate
 from rl_lvr.errors import UserError
@@ -22,7 +23,7 @@ from rl_lvr.evaluation.accuracy import AnswerSet
 from rl_lvr.latents.feedback import NAME as FEEDBACK
 from rl_lvr.latents.feedback import attach_feedback
 from rl_lvr.latents.format import FormatIds, LatentFormat
-from rl_lvr.models import family_of, load_model
+from rl_lvr.models import load_processor, load_weights
 from rl_lvr.models.loading import checkpoint_folder
 from rl_lvr.rollout.hf import HFRolloutEngine
 from rl_lvr.training.callbacks import Interrupt, LatentAccuracy, MetricsFile, Progress, StopAt
@@ -51,17 +52,19 @@ def train_sft(config: LatentSFTConfig, model_config: ModelConfig, given: dict[st
     quiet.transformers()
     if config.threads:
         torch.set_num_threads(config.threads)
+    encoder = _encoder(path, config, chosen)
+    checked = _checked(config, encoder)
     set_seed(config.seed)  # new tokens and projectors are drawn here, before TRL sets the seed
-    model, processor, markers = _model(path, config, model_config, chosen)
-    family = family_of(model)
-    encoder = Encoder(processor, family, markers, crops=config.oracle == "crop")
+    model = _model(path, config, model_config, encoder)
+    family, markers, processor = encoder.family, encoder.markers, encoder.processor
     with config.main_process_first(desc="processing records"):
-        train = _encoded(load_records(config.train_file, config.train_limit), encoder, config, config.train_file)
+        records = load_records(config.train_file, config.train_limit)
+        train = _encoded(records, encoder, config, checked[config.train_file])
         evaluation: Sequence[Encoded] = ()
         questions = None
         if config.eval_file:
             records = load_records(config.eval_file)
-            evaluation = _encoded(records, encoder, config, config.eval_file)
+            evaluation = _encoded(records, encoder, config, checked[config.eval_file])
             if config.latent_eval_steps:
                 questions = _questions(records, evaluation, encoder, config)
 
@@ -104,7 +107,7 @@ def train_sft(config: LatentSFTConfig, model_config: ModelConfig, given: dict[st
 def _check(
     config: LatentSFTConfig, model_config: ModelConfig, given: dict[str, Any]
 ) -> tuple[str, str | None, LatentFormat | None]:
-    """Everything that can be refused without a model: its path, the checkpoint to resume from, and the format."""
+    """What can be refused before anything is read: the model's path, the checkpoint to resume from, the format."""
     path = model_config.model_name_or_path
     if not path:
         raise UserError("model_name_or_path is missing: name the model to start from.")
@@ -130,11 +133,26 @@ def _check(
             f"checkpoint {checkpoint} was trained {f'with {stored}' if stored else 'without latents'}, "
             f"this recipe asks for {chosen or 'none'}: resume with the settings that it was started with."
         )
-    for file, learned in ((config.train_file, True), (config.eval_file, config.eval_strategy != "no")):
-        if file:
-            require_valid(file)
-            check_trainable(load_records(file), chosen, learned=learned)
     return path, checkpoint, chosen
+
+
+def _encoder(path: str, config: LatentSFTConfig, chosen: LatentFormat | None) -> Encoder:
+    family, processor = load_processor(path, trust_remote_code=config.trust_remote_code)
+    markers = None
+    if chosen is not None:
+        tokenizer = getattr(processor, "tokenizer", processor)
+        if config.add_marker_tokens:
+            chosen.add_tokens(tokenizer)
+        markers = chosen.bind(tokenizer, family.placeholder_ids(tokenizer))
+    return Encoder(processor, family, markers, crops=config.oracle == "crop")
+
+
+def _checked(config: LatentSFTConfig, encoder: Encoder) -> dict[str, Report]:
+    """The reports of the data files, which hold nothing that this run could not use."""
+    files = {config.train_file: True}  # whether its answers are learned
+    if config.eval_file:
+        files[config.eval_file] = files.get(config.eval_file, False) or config.eval_strategy != "no"
+    return {file: require_valid(file, judge=partial(encoder.judge, learned=learned)) for file, learned in files.items()}
 
 
 def _finish(trainer: LatentSFTTrainer, interrupt: Interrupt) -> int:
@@ -153,32 +171,26 @@ def _finish(trainer: LatentSFTTrainer, interrupt: Interrupt) -> int:
     return 0
 
 
-def _model(
-    path: str, config: LatentSFTConfig, model_config: ModelConfig, chosen: LatentFormat | None
-) -> tuple[Any, Any, FormatIds | None]:
+def _model(path: str, config: LatentSFTConfig, model_config: ModelConfig, encoder: Encoder) -> Any:
     dtype = model_config.dtype or "float32"
-    model, processor = load_model(
+    model = load_weights(
         path,
         dtype=dtype if dtype == "auto" else getattr(torch, dtype),
         trust_remote_code=config.trust_remote_code,
         attn_implementation=model_config.attn_implementation,
     )
-    if chosen is None:
-        return model, processor, None
-    tokenizer = getattr(processor, "tokenizer", processor)
-    if config.add_marker_tokens and chosen.add_tokens(tokenizer):
-        model.resize_token_embeddings(max(len(tokenizer), model.get_input_embeddings().num_embeddings))
-    markers = chosen.bind(tokenizer, family_of(model).placeholder_ids(tokenizer))
-    attach_feedback(model, chosen, path)
-    return model, processor, markers
+    if encoder.markers is not None:
+        if config.add_marker_tokens and len(encoder.tokenizer) > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(len(encoder.tokenizer))
+        attach_feedback(model, encoder.markers.format, path)
+    return model
 
 
-def _encoded(records: Records, encoder: Encoder, config: LatentSFTConfig, path: str) -> Sequence[Encoded]:
+def _encoded(records: Records, encoder: Encoder, config: LatentSFTConfig, report: Report) -> Sequence[Encoded]:
     if not config.processed_cache:
-        for record in records:
-            encoder.refuse_placeholders(record)
         return LazyEncoded(records, encoder)
-    return encoded_records(records, encoder, cache_key(path, records, encoder), locate(path)[0].parent / "processed")
+    key = cache_key(report.path, report.image_files, len(records), encoder)
+    return encoded_records(records, encoder, key, locate(report.path)[0].parent / "processed")
 
 
 def _questions(records: Records, evaluation: Sequence[Encoded], encoder: Encoder, config: LatentSFTConfig) -> AnswerSet:

@@ -27,7 +27,7 @@ from rl_lvr.latents.feedback import feedback, restore_feedback
 from rl_lvr.latents.format import FormatIds
 from rl_lvr.latents.inject import inject
 from rl_lvr.latents.spans import span_masks
-from rl_lvr.models import Family, load_model
+from rl_lvr.models import Family, load_weights
 from rl_lvr.rollout.forward import evaluating
 from rl_lvr.training.config import LatentSFTConfig
 from rl_lvr.training.objectives import LatentPairs, latent_objective
@@ -228,7 +228,7 @@ class LatentSFTTrainer(SFTTrainer):
         if isinstance(target, PeftModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        stored, _ = load_model(resume_from_checkpoint, dtype=next(target.parameters()).dtype)
+        stored = load_weights(resume_from_checkpoint, dtype=next(target.parameters()).dtype)
         weights = stored.state_dict()
         theirs = {name: weight.shape for name, weight in weights.items()}
         mine = {n: w.shape for n, w in target.state_dict().items() if not n.startswith(f"{FEEDBACK}.")}

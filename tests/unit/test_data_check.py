@@ -12,6 +12,8 @@ from PIL import Image
 from rl_lvr.data import load_records
 from rl_lvr.data.check import check_records, require_valid
 from rl_lvr.data.puzzles import PuzzleConfig, generate
+from rl_lvr.data.schema import Problem
+from rl_lvr.data.sources import RowError
 from rl_lvr.data.writing import write_jsonl, write_parquet
 from rl_lvr.errors import UserError
 
@@ -372,6 +374,27 @@ def test_require_valid_names_the_first_findings_and_the_command(check, folder):
     assert "d.jsonl line 2 (id 'b'): answer: is empty; fill it in" in text
     assert "And 1 more." in text
     assert f"rl-lvr data check {folder}/d.jsonl" in text
+
+
+def test_a_runs_own_judge_refuses_what_the_run_cannot_use(check, folder):
+    def judge(record):
+        if record.answer == "blue":
+            raise RowError(Problem("answer", "is not in this run's vocabulary", "choose another run"))
+
+    assert check(changed(["answer"], "green"), judge=judge).ok
+    finding = only(check(changed(["answer"], "blue"), judge=judge))
+    assert (finding.field, finding.id) == ("answer", "b")
+    assert require_valid(folder / "d.jsonl").ok  # the file itself is well
+    with pytest.raises(UserError) as error:
+        require_valid(folder / "d.jsonl", judge=judge)
+    assert "rl-lvr data check" not in str(error.value)  # which would find nothing
+
+
+def test_the_digest_of_image_files_changes_with_a_file(check, folder):
+    first = check(changed(["answer"], "green")).image_files
+    assert check(changed(["answer"], "blue")).image_files == first
+    Image.effect_noise((20, 10), 10).convert("RGB").save(folder / "images" / "0.png")
+    assert check(changed(["answer"], "green")).image_files != first
 
 
 def test_the_check_agrees_with_reading(check, folder):
