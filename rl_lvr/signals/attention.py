@@ -1,0 +1,99 @@
+"""Attention signals: how much one part of a sequence attends to another, and how narrowly.
+
+m_i(R) is the softmax attention of query i on all keys of region R, the mean over the heads and layers chosen.
+Regions and query sets are those of `regions.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rl_lvr.signals.forward import Column, Forward
+from rl_lvr.signals.probe import Reading
+from rl_lvr.signals.regions import IMAGE_LABEL, REGIONS, Queries, Region
+
+Chosen = tuple[int, ...] | None
+Per = Literal["completion", "token"]
+SMALLEST = 1e-6  # of a denominator; paper B's clamp
+PAPER_B_LAYERS = (0,)
+
+
+def _mass(f: Forward, to: Region, queries: Queries, layers: Chosen, heads: Chosen) -> tuple[Tensor, Tensor]:
+    """Query rows [N] and m_i(to) [N]."""
+    rows, mass = f.attended(Reading("mass", layers, heads), queries)
+    return rows, mass[:, list(REGIONS[to])].sum(-1)
+
+
+def attention_mass(
+    f: Forward,
+    *,
+    to: Region = "latent",
+    queries: Queries = "after",
+    layers: Chosen = None,
+    heads: Chosen = None,
+    per: Per = "completion",
+) -> Column:
+    """Attention mass of the queries on `to`: mean over queries of m_i(to), or m_i(to) at each query's own token.
+
+    Answer attention to latents and to the image over training is paper A's evidence figure (2605.02735); on all layers
+    and heads it is ReaLVR's measure. 0 where there are no queries or no keys; the count is the number of queries.
+    """
+    rows, mass = _mass(f, to, queries, layers, heads)
+    return f.per_sequence(mass, rows) if per == "completion" else f.per_token(mass, rows)
+
+
+def attention_mass_paper_b(f: Forward, *, per: Per = "completion") -> Column:
+    """Paper B's attention reward r_attn (2605.18641, as its code has it): decoder layer 0, plain mean over heads.
+
+    Keys are the slots strictly between START and END, queries the text after the last span; summed over keys, then
+    mean over queries, or (`per="token"`) each query's mass at its own token. Unlike the authors' padding-free mode the
+    softmax is causal. A completion without a span, or with a truncated last one, has 0.
+    """
+    return attention_mass(f, to="slot", queries="after", layers=PAPER_B_LAYERS, per=per)
+
+
+def attention_relative(
+    f: Forward, *, to: Region = "latent", queries: Queries = "after", layers: Chosen = None, heads: Chosen = None
+) -> Column:
+    """Mass on `to` divided by mass on the image (paper B's relative reward): mean m(to) / max(mean m(image), 1e-6).
+
+    0 for a sequence without queries, without such keys or without an image: a ratio to nothing would only be large.
+    """
+    rows, mass = f.attended(Reading("mass", layers, heads), queries)
+    mean, counts = f.mean(mass, rows)
+    image = mean[:, IMAGE_LABEL]
+    ratio = mean[:, list(REGIONS[to])].sum(-1) / image.clamp_min(SMALLEST)
+    return Column(torch.where(image > 0, ratio, 0.0).tolist(), torch.where(image > 0, counts, 0).tolist())
+
+
+def attention_without_sink(
+    f: Forward, *, to: Region = "latent", queries: Queries = "after", layers: Chosen = None, heads: Chosen = None
+) -> Column:
+    """Share of `to` in the attention that does not go to the sink: mean m(to) / max(1 - mean m(sink), 1e-6).
+
+    The sink is the sequence's first token, which many heads attend to when they have nothing to look at
+    (StreamingLLM, 2309.17453).
+    """
+    rows, mass = f.attended(Reading("mass", layers, heads), queries)
+    mean, counts = f.mean(mass, rows)
+    rest = 1 - mean[:, list(REGIONS["sink"])].sum(-1)
+    return Column((mean[:, list(REGIONS[to])].sum(-1) / rest.clamp_min(SMALLEST)).tolist(), counts.tolist())
+
+
+def image_attention_entropy_difference(f: Forward, *, layers: Chosen = None, heads: Chosen = None) -> Column:
+    """How much more narrowly latents look at the image than the answer does (paper D, 2606.01287; our reconstruction).
+
+    Entropy in nats of the attention over the image tokens, renormalised to 1, mean over latent rows minus mean over
+    the text after the last span; negative is narrower at latents. 0 with count 0 unless the sequence has an image,
+    a latent and text after it; the count is the number of latents.
+    """
+    reading = Reading("image_entropy", layers, heads)
+    latents, latent_counts = f.mean(*reversed(f.attended(reading, "latent")))
+    answers, answer_counts = f.mean(*reversed(f.attended(reading, "after")))
+    image = (f.regions.labels == IMAGE_LABEL) & (f.regions.sequences >= 0)
+    images = torch.bincount(f.regions.sequences[image], minlength=f.count).to(latents.device)
+    there = (latent_counts > 0) & (answer_counts > 0) & (images > 0)
+    return Column(torch.where(there, latents - answers, 0.0).tolist(), torch.where(there, latent_counts, 0).tolist())

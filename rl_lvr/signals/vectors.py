@@ -1,0 +1,64 @@
+"""Signals of the latent vectors themselves: their length, and how close they are to image tokens and to each other."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from rl_lvr.signals.forward import Column, Forward, Space
+from rl_lvr.signals.regions import IMAGE_LABEL
+
+
+def latent_norm(f: Forward, *, space: Space = "input") -> Column:
+    """Mean Euclidean length of the latents: as fed (`input`), or of the hidden states at their positions.
+
+    Fed states lie in another range of norms than token embeddings (GAP, 2605.12374). The count is their number.
+    """
+    latent = f.regions.spans.latent
+    rows = latent.flatten().nonzero()[:, 0]
+    return f.per_sequence(f.vectors(space, latent).float().norm(dim=-1), rows)
+
+
+def latent_image_cosine(f: Forward, *, space: Space = "input", reduce: Literal["max", "mean"] = "max") -> Column:
+    """Cosine between latents and image tokens: of the nearest token (`max`) or of all, mean over the latents.
+
+    What visual memory predicts is a slot near image tokens (paper D, 2606.01287). `input` compares what entered the
+    first layer, `hidden` the final hidden states, which paper A aligns. The count is the number of latents; 0 without
+    an image.
+    """
+    values, counts = [], []
+    for latents, images in zip(_each(f, space, f.regions.spans.latent), _each(f, space, _image(f)), strict=True):
+        both = len(latents) and len(images)
+        cosine = latents @ images.T
+        values.append(float((cosine.amax(1) if reduce == "max" else cosine.mean(1)).mean()) if both else 0.0)
+        counts.append(len(latents) if both else 0)
+    return Column(values, counts)
+
+
+def latent_cosine(f: Forward, *, space: Space = "input") -> Column:
+    """Mean cosine between different latents of a sequence; near 1 they have collapsed (paper C, 2605.18445).
+
+    The count is the number of pairs; 0 with fewer than two latents.
+    """
+    values, counts = [], []
+    for latents in _each(f, space, f.regions.spans.latent):
+        n = len(latents)
+        pairs = n * (n - 1) // 2
+        above = torch.triu(latents @ latents.T, diagonal=1).sum()
+        values.append(float(above) / max(pairs, 1))
+        counts.append(pairs)
+    return Column(values, counts)
+
+
+def _image(f: Forward) -> Tensor:
+    return (f.regions.labels == IMAGE_LABEL) & (f.regions.sequences >= 0)
+
+
+def _each(f: Forward, space: Space, mask: Tensor) -> list[Tensor]:
+    """Unit vectors [n, H] of each sequence at `mask` [B, T]."""
+    vectors = normalize(f.vectors(space, mask).float(), dim=-1)
+    sequence = f.regions.sequences[mask].to(vectors.device)
+    return [vectors[sequence == number] for number in range(f.count)]
