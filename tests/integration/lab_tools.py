@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,18 @@ import torch
 from rl_lvr import cli
 from rl_lvr.data.encoding import Collator, Encoder
 from rl_lvr.data.puzzles import PuzzleConfig, generate
+from rl_lvr.data.records import Record
 from rl_lvr.data.writing import write_parquet
 from rl_lvr.lab.tiny import TinySpec, build_tiny
 from rl_lvr.latents.format import get_format
 from rl_lvr.models import family_of, load_model
 
 PUZZLES = PuzzleConfig(rows=2, cols=3, hops=3, cell_px=28)
+
+
+def puzzles(count: int) -> list[Record]:
+    """The first training puzzles."""
+    return generate(PUZZLES, count, "train")
 
 
 def write_puzzles(folder: Path, train: int = 48, test: int = 12, **changes: Any) -> Path:
@@ -33,8 +40,8 @@ def build_model(folder: Path, family: str = "qwen2_5_vl", **changes: Any) -> Pat
     return build_tiny(TinySpec(family, **spec), folder)
 
 
-def sft(model: Path, data: Path, out: Path, **settings: Any) -> int:
-    """`rl-lvr sft` with small settings; returns its exit code."""
+def sft_command(model: Path, data: Path, out: Path, **settings: Any) -> list[str]:
+    """The words of `rl-lvr sft` with small settings; None takes a setting out."""
     defaults: dict[str, Any] = {
         "model_name_or_path": model,
         "train_file": data / "train.parquet",
@@ -49,11 +56,22 @@ def sft(model: Path, data: Path, out: Path, **settings: Any) -> int:
         "report_to": "none",
         "threads": 1,
     }
-    arguments = ["sft"]
+    words = ["sft"]
     for key, value in {**defaults, **settings}.items():
         if value is not None:
-            arguments += [f"--{key}", *([str(v) for v in value] if isinstance(value, list) else [str(value)])]
-    return cli.main(arguments)
+            words += [f"--{key}", *([str(v) for v in value] if isinstance(value, list) else [str(value)])]
+    return words
+
+
+def sft(model: Path, data: Path, out: Path, **settings: Any) -> int:
+    """`rl-lvr sft` in this process; returns its exit code."""
+    return cli.main(sft_command(model, data, out, **settings))
+
+
+def logged(out: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics that hold a loss."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "loss" in row]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
