@@ -1,0 +1,397 @@
+"""Every signal of real rollouts against its definition, spelled out on eager attention weights and full logits."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from engine_cases import FORMATS, SAMPLED, Rig
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from rl_lvr.errors import UserError
+from rl_lvr.latents.format import FormatIds, get_format
+from rl_lvr.latents.inject import inject
+from rl_lvr.latents.interventions import Intervention
+from rl_lvr.rollout.forward import forward_hidden, replay_batch
+from rl_lvr.rollout.replay import teacher_force
+from rl_lvr.rollout.types import Rollout, StopReason
+from rl_lvr.signals import SIGNALS, measure, parse_signals
+
+VARIANTS = {
+    "lvr": get_format("lvr", k=3),
+    "free": get_format("lvr", k=5, length="free"),
+    "monet": get_format("monet", k=3, length="fixed"),
+}
+CLOSE = 2e-5
+
+
+@pytest.fixture(scope="module")
+def rigs(load_tiny):
+    made: dict[str, Rig] = {}
+
+    def rig(family: str) -> Rig:
+        if family not in made:
+            made[family] = Rig(*load_tiny(family, latent_formats=FORMATS))
+        return made[family]
+
+    return rig
+
+
+@pytest.fixture
+def rig(rigs, family_name) -> Rig:
+    return rigs(family_name)
+
+
+@pytest.fixture
+def qwen(rigs) -> Rig:
+    return rigs("qwen2_5_vl")
+
+
+def by_hand(rig: Rig, markers: FormatIds, completions: list[list[int]]) -> tuple[list[Rollout], list[dict[str, Any]]]:
+    """Rollouts with these completions behind the rig's prompts, with random vectors in the slots."""
+    rollouts, images = [], []
+    requests = rig.requests()[: len(completions)]
+    for number, (request, tokens) in enumerate(zip(requests, completions, strict=True)):
+        first = len(request.prompt_ids)
+        places = [first + i for i, token in enumerate(tokens) if token == markers.slot]
+        vectors = torch.randn(len(places), rig.family.hidden_size, generator=torch.Generator().manual_seed(number))
+        rollouts.append(
+            Rollout(
+                prompt_ids=tuple(request.prompt_ids),
+                completion_ids=tuple(tokens),
+                logprobs=torch.zeros(len(tokens)),
+                forced=torch.zeros(len(tokens), dtype=torch.bool),
+                latents=vectors,
+                latent_positions=tuple(places),
+                stop_reason=StopReason.LENGTH,
+                seed=number,
+                sigma=0.0,
+                intervention=Intervention.OWN,
+            )
+        )
+        images.append(request.images)
+    return rollouts, images
+
+
+@dataclass
+class Plain:
+    """One rollout alone: eager weights [L, H, T, T], logits [T, V], inputs and hidden states [T, D], and positions."""
+
+    weights: Tensor
+    logits: Tensor
+    inputs: Tensor
+    hidden: Tensor
+    spans: list[list[int]]
+    slots: list[int]
+    image: list[int]
+    markers: list[int]
+    after: list[int]
+    completion: list[int]
+
+    @property
+    def latents(self) -> list[int]:
+        return [position for span in self.spans for position in span]
+
+    def mass(self, query: int, keys: list[int], layers: Any = slice(None)) -> float:
+        return float(self.weights[layers, :, query][..., keys].sum(-1).mean()) if keys else 0.0
+
+    def mean_mass(self, keys: list[int], layers: Any = slice(None)) -> float:
+        return mean([self.mass(query, keys, layers) for query in self.after])
+
+    def log_p(self, position: int) -> Tensor:
+        return self.logits[position].double().log_softmax(-1)
+
+    def entropy(self, position: int) -> float:
+        log_p = self.log_p(position)
+        return float(-(log_p.exp() * log_p).sum())
+
+    def sharpness(self, position: int, k: int) -> float:
+        return float(-self.log_p(position).topk(k).values.mean())
+
+    def image_entropy(self, position: int) -> float:
+        p = self.weights[:, :, position][..., self.image].double()
+        p = p / p.sum(-1, keepdim=True)
+        return float(-(p * p.log()).sum(-1).mean())
+
+    def pairs(self) -> list[tuple[int, int]]:
+        return [pair for span in self.spans for pair in itertools.pairwise(span)]
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def plain_forward(rig: Rig, rollout: Rollout, images: dict[str, Any], markers: FormatIds) -> Plain:
+    """Without padding, without our masks, without the probe."""
+    batch = replay_batch(rig.model, [rollout], [images])
+    seen: list[Tensor] = []
+    layer = rig.family.text_layers(rig.model)[0]
+    handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0][0].clone()))
+    rig.model.set_attn_implementation("eager")
+    try:
+        with torch.no_grad(), inject(rig.model, batch.latents, markers):
+            out = rig.model(
+                input_ids=batch.ids,
+                position_ids=rig.family.positions(rig.model, batch.ids, batch.mask, batch.images).prefill,
+                output_attentions=True,
+                output_hidden_states=True,
+                use_cache=False,
+                **batch.images,
+            )
+    finally:
+        handle.remove()
+        rig.model.set_attn_implementation("sdpa")
+    ids, prompt = list(rollout.ids), len(rollout.prompt_ids)
+    latents, spans, last = list(rollout.latent_positions), [], None
+    for position in latents:
+        if spans and position == spans[-1][-1] + 1:
+            spans[-1].append(position)
+        else:
+            spans.append([position])
+    if markers.start in ids:
+        last = max(i for i, token in enumerate(ids) if token in (markers.start, markers.slot, markers.end))
+    return Plain(
+        weights=torch.stack([weights[0] for weights in out.attentions]),
+        logits=out.logits[0],
+        inputs=seen[0],
+        hidden=out.hidden_states[-1][0],
+        spans=spans,
+        slots=[i for i, token in enumerate(ids) if token == markers.slot],
+        image=[i for i, token in enumerate(ids) if token == int(rig.family.config.image_token_id)],
+        markers=[i for i, token in enumerate(ids) if token in (markers.start, markers.end)],
+        after=[] if last is None else list(range(max(last + 1, prompt), len(ids))),
+        completion=list(range(prompt, len(ids))),
+    )
+
+
+def expected(plain: Plain, end: int | None) -> dict[str, float]:
+    """The definitions, with their default parameters."""
+    latents, image = plain.latents, plain.image
+    on_latents, on_image = plain.mean_mass(latents), plain.mean_mass(image)
+    confidence = mean([plain.sharpness(i, 10) for i in latents])
+    ratios = [math.log(plain.sharpness(b, 10) / plain.sharpness(a, 10)) for a, b in plain.pairs()]
+    both = bool(latents and plain.after and image)
+    cosines = cosine_similarity(plain.inputs[latents][:, None], plain.inputs[image][None], dim=-1) if image else None
+    among = [
+        float(cosine_similarity(plain.inputs[a], plain.inputs[b], dim=0)) for a, b in itertools.combinations(latents, 2)
+    ]
+    return {
+        "attention_mass": on_latents,
+        "attention_mass_paper_b": plain.mean_mass(plain.slots, layers=slice(0, 1)),
+        "attention_relative": on_latents / max(on_image, 1e-6) if on_image > 0 else 0.0,
+        "attention_without_sink": on_latents / (1 - plain.mean_mass([0])),
+        "image_attention_entropy_difference": mean([plain.image_entropy(i) for i in latents])
+        - mean([plain.image_entropy(i) for i in plain.after])
+        if both
+        else 0.0,
+        "latent_entropy": mean([plain.entropy(i) for i in latents]),
+        "latent_top_k_mass": mean([float(plain.log_p(i).topk(10).values.exp().sum()) for i in latents]),
+        "latent_confidence": confidence,
+        "entropy_drop": mean([max(0.0, plain.entropy(a) - plain.entropy(b)) for a, b in plain.pairs()]),
+        "confidence_progression": mean(ratios),
+        "confidence_reward": confidence + 0.05 * mean(ratios),
+        "end_at_first_slot": mean([float(plain.log_p(span[0])[end].exp()) for span in plain.spans]),
+        "latent_norm": mean([float(plain.inputs[i].norm()) for i in latents]),
+        "latent_image_cosine": float(cosines.amax(1).mean()) if cosines is not None and latents else 0.0,
+        "latent_cosine": mean(among),
+    }
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_signal_equals_its_definition(rig, variant, side):
+    format_ = VARIANTS[variant]
+    engine, requests = rig.engine(format_), rig.requests()
+    with rig.thinking(format_, end=2.0):
+        rollouts = engine.generate(requests, SAMPLED)
+    images = [request.images for request in requests]
+    batch = replay_batch(rig.model, rollouts, images, side=side)
+    measured = measure(rig.model, batch, engine.markers, parse_signals(list(SIGNALS)))
+    assert max(len(rollout.latent_positions) for rollout in rollouts) > 3
+    worst = dict.fromkeys(SIGNALS, 0.0)
+    largest = dict.fromkeys(SIGNALS, 0.0)
+    for row, rollout in enumerate(rollouts):
+        plain = plain_forward(rig, rollout, images[row], engine.markers)
+        for name, value in expected(plain, engine.markers.end).items():
+            worst[name] = max(worst[name], abs(measured.columns[name].values[row] - value))
+            largest[name] = max(largest[name], abs(value))
+        assert measured.columns["attention_mass"].counts[row] == len(plain.after)
+        assert measured.columns["latent_entropy"].counts[row] == len(plain.latents)
+        assert measured.columns["entropy_drop"].counts[row] == len(plain.pairs())
+        assert measured.columns["end_at_first_slot"].counts[row] == len(plain.spans)
+    assert max(worst.values()) < 2e-4, worst
+    assert all(worst[name] < CLOSE for name in worst if name.startswith("attention")), worst
+    assert min(largest.values()) > 0, largest  # every signal was seen at work
+
+
+def test_wrong_latents_give_other_values(qwen):
+    """The control: without the latents, or with another row's, the signals that look at them change."""
+    engine, requests = qwen.engine(), qwen.requests()
+    with qwen.thinking():
+        rollouts = engine.generate(requests, SAMPLED)
+    batch = replay_batch(qwen.model, rollouts, [request.images for request in requests])
+    signals = parse_signals(["attention_mass", "latent_entropy", "latent_norm"])
+    fed = measure(qwen.model, batch, engine.markers, signals)
+    unfed = measure(qwen.model, batch, engine.markers, signals, feed=False)
+    for spec in signals:
+        assert fed.columns[spec.name].counts == unfed.columns[spec.name].counts
+        pairs = zip(fed.columns[spec.name].values, unfed.columns[spec.name].values, strict=True)
+        assert max(abs(a - b) for a, b in pairs) > 1e-2
+
+
+def test_hidden_states_are_those_of_the_replay(rig):
+    engine, requests = rig.engine(), rig.requests()
+    with rig.thinking():
+        rollouts = engine.generate(requests, SAMPLED)
+        images = [request.images for request in requests]
+        batch = replay_batch(rig.model, rollouts, images)
+        measured = measure(rig.model, batch, engine.markers, parse_signals(list(SIGNALS)))
+        with torch.no_grad():
+            assert torch.equal(measured.hidden, forward_hidden(rig.model, batch, engine.markers))
+        replayed = teacher_force(rig.model, rollouts, images, engine.markers, SAMPLED)
+        logits = rig.family.head(rig.model)(measured.hidden).float()
+    logits[..., list(engine.markers.never_sampled)] = -torch.inf
+    for row, rollout in enumerate(rollouts):
+        prompt = len(rollout.prompt_ids)
+        for place in (~rollout.forced).nonzero()[:, 0].tolist():
+            log_p = logits[row, prompt + place - 1].log_softmax(-1)[rollout.completion_ids[place]]
+            assert abs(log_p - replayed.logprobs[row, place]) < 1e-4
+    assert measured.kernels == ("aten::_scaled_dot_product_flash_attention_for_cpu",)
+
+
+def test_absent_empty_and_truncated_spans(qwen):
+    """Nothing, an empty pair, a span without an end, a broken one, text in between, and no completion at all."""
+    markers = qwen.engine(VARIANTS["lvr"]).markers
+    start, slot, end, word = markers.start, markers.slot, markers.end, qwen.tokenizer.convert_tokens_to_ids("red")
+    completions = [
+        [word, word],
+        [start, end, word],
+        [word, start, slot, slot],
+        [start, slot, word, word],
+        [start, slot, end, word, start, slot, slot, end, word, word],
+        [],
+    ]
+    rollouts, images = by_hand(qwen, markers, completions)
+    specs = parse_signals(
+        [
+            *SIGNALS,
+            {"attention_mass": {"per": "token", "name": "tokens"}},
+            {"latent_entropy": {"per": "latent", "name": "each"}},
+        ]
+    )
+    measured = measure(qwen.model, replay_batch(qwen.model, rollouts, images), markers, specs)
+    for name in SIGNALS:
+        assert all(math.isfinite(value) for value in measured.columns[name].values), name
+    mass, entropy = measured.columns["attention_mass"], measured.columns["latent_entropy"]
+    assert mass.counts == [0, 1, 0, 2, 2, 0]
+    assert [value > 0 for value in mass.values] == [False, False, False, True, True, False]
+    assert entropy.counts == [0, 0, 2, 1, 3, 0]
+    assert [value > 0 for value in entropy.values] == [count > 0 for count in entropy.counts]
+    assert measured.columns["entropy_drop"].counts == [0, 0, 1, 0, 1, 0]
+    assert measured.columns["end_at_first_slot"].counts == [0, 0, 1, 1, 2, 0]
+    assert measured.columns["latent_cosine"].counts == [0, 0, 1, 0, 3, 0]
+    assert measured.columns["image_attention_entropy_difference"].counts[1] == 0  # no latent
+    assert measured.columns["attention_mass_paper_b"].values[2] == 0.0
+    tokens, each = measured.columns["tokens"], measured.columns["each"]
+    assert [len(row) for row in tokens.values] == [len(row) for row in completions]
+    assert [[value > 0 for value in row] for row in tokens.values[3:5]] == [
+        [False, False, True, True],
+        [False] * 8 + [True, True],
+    ]
+    assert mass.values[4] == pytest.approx(sum(tokens.values[4]) / 2)
+    assert [len(row) for row in each.values] == entropy.counts
+
+
+def test_a_batch_without_any_latent(qwen):
+    markers = qwen.engine(VARIANTS["lvr"]).markers
+    word = qwen.tokenizer.convert_tokens_to_ids("red")
+    rollouts, images = by_hand(qwen, markers, [[word], [word, word]])
+    measured = measure(qwen.model, replay_batch(qwen.model, rollouts, images), markers, parse_signals(list(SIGNALS)))
+    assert all(column.values == [0.0, 0.0] and column.counts == [0, 0] for column in measured.columns.values())
+
+
+def test_slots_in_the_prompt_and_a_format_without_end(qwen):
+    format_ = get_format("slots", k=2)
+    markers = qwen.engine(format_).markers
+    word = qwen.tokenizer.convert_tokens_to_ids("red")
+    rollouts, images = by_hand(qwen, markers, [[markers.slot, markers.slot, word, word]])
+    batch = replay_batch(qwen.model, rollouts, images)
+    measured = measure(qwen.model, batch, markers, parse_signals(["attention_mass", "confidence_reward"]))
+    assert measured.columns["attention_mass"].counts == [2]
+    assert measured.columns["confidence_reward"].counts == [2]
+    with pytest.raises(UserError, match="end token"):
+        measure(qwen.model, batch, markers, parse_signals(["end_at_first_slot"]))
+
+
+def test_parameters_are_passed_on(qwen):
+    markers = qwen.engine(VARIANTS["lvr"]).markers
+    start, slot, end, word = markers.start, markers.slot, markers.end, qwen.tokenizer.convert_tokens_to_ids("red")
+    rollouts, images = by_hand(qwen, markers, [[word, start, slot, slot, end, word]])
+    plain = plain_forward(qwen, rollouts[0], images[0], markers)
+    specs = parse_signals(
+        [
+            {"attention_mass": {"layers": [-1], "heads": [1], "name": "last"}},
+            {"attention_mass": {"to": "image", "queries": "latent", "name": "looking"}},
+            {"attention_mass": {"to": "markers", "queries": "text", "name": "markers"}},
+            {"attention_mass": {"to": "sink", "queries": "completion", "name": "sink"}},
+            {"latent_confidence": {"k": 3}},
+            {"end_at_first_slot": {"state": "before"}},
+            {"latent_norm": {"space": "hidden"}},
+            {"latent_image_cosine": {"space": "hidden", "reduce": "mean"}},
+        ]
+    )
+    columns = measure(qwen.model, replay_batch(qwen.model, rollouts, images), markers, specs).columns
+    first, word_before = plain.completion[0], plain.completion[1]
+    cosines = cosine_similarity(plain.hidden[plain.latents][:, None], plain.hidden[plain.image][None], dim=-1)
+    wanted = {
+        "last": mean([float(plain.weights[-1, 1, i, plain.latents].sum()) for i in plain.after]),
+        "looking": mean([plain.mass(i, plain.image) for i in plain.latents]),
+        "markers": mean([plain.mass(i, plain.markers) for i in (first, plain.after[0])]),
+        "sink": mean([plain.mass(i, [0]) for i in plain.completion]),
+        "latent_confidence": mean([plain.sharpness(i, 3) for i in plain.latents]),
+        "end_at_first_slot": float(plain.log_p(word_before)[end].exp()),
+        "latent_norm": mean([float(plain.hidden[i].norm()) for i in plain.latents]),
+        "latent_image_cosine": float(cosines.mean()),
+    }
+    for name, value in wanted.items():
+        assert columns[name].values[0] == pytest.approx(value, abs=1e-4), name
+
+
+def test_peft_head(load_tiny):
+    """A LoRA adapter on the head takes part in every next-token distribution."""
+    from peft import LoraConfig, get_peft_model
+
+    rig = Rig(*load_tiny("qwen2_5_vl", latent_formats=FORMATS))
+    lora = LoraConfig(r=4, target_modules=["q_proj", "k_proj", "lm_head"], init_lora_weights=False)
+    markers = rig.engine(VARIANTS["lvr"]).markers
+    word = rig.tokenizer.convert_tokens_to_ids("red")
+    rollouts, images = by_hand(rig, markers, [[markers.start, markers.slot, markers.slot, markers.end, word]])
+    specs = parse_signals(["latent_entropy", "attention_mass"])
+    before = measure(rig.model, replay_batch(rig.model, rollouts, images), markers, specs).columns
+    rig.model = get_peft_model(rig.model, lora)
+    columns = measure(rig.model, replay_batch(rig.model, rollouts, images), markers, specs).columns
+    plain = plain_forward(rig, rollouts[0], images[0], markers)
+    entropy = mean([plain.entropy(i) for i in plain.latents])
+    assert columns["latent_entropy"].values[0] == pytest.approx(entropy, abs=1e-4)
+    assert columns["attention_mass"].values[0] == pytest.approx(plain.mean_mass(plain.latents), abs=1e-5)
+    assert abs(columns["latent_entropy"].values[0] - before["latent_entropy"].values[0]) > 1e-3
+
+
+def test_the_models_modes_are_given_back(qwen):
+    markers = qwen.engine(VARIANTS["lvr"]).markers
+    word = qwen.tokenizer.convert_tokens_to_ids("red")
+    rollouts, images = by_hand(qwen, markers, [[markers.start, markers.slot, markers.end, word]])
+    qwen.model.train()
+    try:
+        measured = measure(
+            qwen.model, replay_batch(qwen.model, rollouts, images), markers, parse_signals(["attention_mass"])
+        )
+        assert qwen.model.training
+        assert not measured.hidden.requires_grad
+    finally:
+        qwen.model.eval()
