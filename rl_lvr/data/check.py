@@ -64,6 +64,8 @@ class Report:
     categories: Counter[str] = field(default_factory=Counter)
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     """Width and height of the images."""
+    shown: Counter[str] = field(default_factory=Counter)
+    """How many records have images in the `prompt`, only as `targets`, or `none`."""
     image_files: str = ""
     """A digest of name, size and time of all image files, in the order of the file."""
     hint: bool = True
@@ -103,6 +105,7 @@ class _Checked:
     findings: list[Finding] = field(default_factory=list)
     sizes: list[tuple[int, int]] = field(default_factory=list)
     image_files: list[str] = field(default_factory=list)
+    shown: str = "none"
     spans: int = 0
     targets: int = 0
     prompt_only: bool = False
@@ -193,6 +196,10 @@ class _Checker:
         checked.targets = len(record.latents or ())
         checked.prompt_only = record.is_prompt_only
         checked.category = record.category
+        if record.images:
+            checked.shown = "prompt"
+        elif any(spec.images for spec in record.latents or ()):
+            checked.shown = "targets"
         self._note(checked, self._texts(record))
         self._note(checked, self._images(record, checked))
         if self.judge is not None:
@@ -329,6 +336,7 @@ def _collect(report: Report, checked: _Checked, places: dict[str, str]) -> None:
     report.add(checked.findings)
     report.images += len(checked.sizes)
     report.sizes.update(checked.sizes)
+    report.shown[checked.shown] += 1
     report.spans += checked.spans
     report.targets += checked.targets
     report.prompt_only += checked.prompt_only

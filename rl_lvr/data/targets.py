@@ -20,11 +20,10 @@ def target_vectors(
 ) -> tuple[Tensor, Tensor]:
     """Target vectors [L, H] of a batch, and their token indices [L, G] in the concatenated image features (-1: none).
 
-    A latent's vector is the mean of its token group. Auxiliary images come behind the prompt's.
+    A latent's vector is the mean of its token group. Auxiliary images come behind the prompt's, in one call of the
+    vision tower: under ZeRO-3 all processes must call it equally often.
     """
-    features = list(family.image_features(model, image_inputs)) if image_inputs else []
-    if targets.aux_images:
-        features += family.image_features(model, targets.aux_images)
+    features = family.image_features(model, family.join_images([image_inputs, targets.aux_images]))
     flat = torch.cat(features)
     offsets = feature_offsets(features, flat.device)
     kept = targets.tokens >= 0

@@ -6,8 +6,6 @@ the model and no engine remaps its name into the language model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 
 from rl_lvr.errors import UserError
 from rl_lvr.latents.format import LatentFormat
-from rl_lvr.latents.inject import input_embeddings, unwrapped
+from rl_lvr.latents.inject import input_embeddings, unwrapped, whole
 
 NAME = "latent_proj"
 
@@ -80,7 +78,7 @@ def attach_feedback(
             f"the checkpoint in {folder} has no weights {NAME}.*, which latent format {format.name!r} needs."
         )
     elif format.norm == "embedding":
-        with _whole(embedding.weight), torch.no_grad():
+        with whole(embedding.weight), torch.no_grad():
             module.embedding_norm.fill_(embedding.weight.float().norm(dim=-1).mean())
     base.add_module(NAME, module.to(embedding.weight.device, embedding.weight.dtype))
 
@@ -90,18 +88,6 @@ def restore_feedback(model: nn.Module, folder: str | Path) -> None:
     module = getattr(unwrapped(model), NAME, None)
     if module is not None:
         _load(module, _stored(folder), folder)
-
-
-@contextmanager
-def _whole(weight: Tensor) -> Iterator[None]:
-    """Gathers a weight that ZeRO-3 has spread over the ranks: what is left of it here is empty."""
-    if not hasattr(weight, "ds_id"):
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters([weight]):
-        yield
 
 
 def _load(module: LatentFeedback, stored: dict[str, Tensor], folder: str | Path | None) -> None:

@@ -39,6 +39,18 @@ def input_embeddings(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
+def whole(weight: Tensor) -> Iterator[None]:
+    """Gathers a weight that ZeRO-3 has spread over the ranks: what is left of it here is empty."""
+    if not hasattr(weight, "ds_id"):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([weight]):
+        yield
+
+
+@contextmanager
 def inject(model: nn.Module, latents: LatentBatch, markers: FormatIds | None = None) -> Iterator[None]:
     """Replace the embeddings at `latents.positions` in the one forward pass that runs inside this context.
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rl_lvr.latents.inject import whole
 from rl_lvr.models.base import Family, TokenGrid
 
 
@@ -76,7 +77,10 @@ class LlavaOnevision(Family):
         images = self.image_inputs(images)
         if not images:
             return []
-        return self._as_embeddings(model, self.core(model).get_image_features(**images).pooler_output)
+        core = self.core(model)
+        with whole(core.image_newline):  # it belongs to the core, whose own forward does not run here
+            features = core.get_image_features(**images).pooler_output
+        return self._as_embeddings(model, features)
 
     def token_grid(self, images: Mapping[str, Any]) -> list[TokenGrid]:
         """The base view, which comes first. In a row of several images it is the image padded to a square."""

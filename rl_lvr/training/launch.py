@@ -31,6 +31,8 @@ from rl_lvr.training.config import WITHOUT_EFFECT, LatentSFTConfig
 from rl_lvr.training.run import clear_run, open_run, write_run
 from rl_lvr.training.sft import LatentSFTTrainer
 
+GATHER = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+
 
 class LazyEncoded(Sequence[Encoded]):
     """Records encoded each time they are asked for: for data whose processed images would not fit on disk."""
@@ -122,6 +124,9 @@ def _check(
             f"{config.n_gpu} GPUs are visible to one process: start one process for each (torchrun --nproc_per_node "
             f"{config.n_gpu} -m rl_lvr.cli sft ...), or make one visible with CUDA_VISIBLE_DEVICES."
         )
+    sharding = _sharding(config)
+    if sharding is not None and sharding.get_value(GATHER) is not True:
+        raise UserError(f"the DeepSpeed config would leave a run without a model to load: set {GATHER} to true.")
     if config.stop_at:
         StopAt(config.stop_at)  # refuses a rule that it cannot read
     checkpoint = open_run(config.output_dir, config.resume_from_checkpoint, config.overwrite)
@@ -152,7 +157,22 @@ def _checked(config: LatentSFTConfig, encoder: Encoder) -> dict[str, Report]:
     files = {config.train_file: True}  # whether its answers are learned
     if config.eval_file:
         files[config.eval_file] = files.get(config.eval_file, False) or config.eval_strategy != "no"
-    return {file: require_valid(file, judge=partial(encoder.judge, learned=learned)) for file, learned in files.items()}
+    reports = {
+        file: require_valid(file, judge=partial(encoder.judge, learned=learned)) for file, learned in files.items()
+    }
+    for file, learned in files.items():
+        if learned and len(reports[file].shown) > 1 and _sharding(config) is not None:
+            raise UserError(
+                f"{file} holds records with and without images, and under ZeRO-3 all processes must use the vision "
+                "tower at the same time: train on one kind of records, or use ZeRO-2."
+            )
+    return reports
+
+
+def _sharding(config: LatentSFTConfig) -> Any:
+    """The DeepSpeed config if it is one of ZeRO-3, which spreads the weights over the processes."""
+    plugin = config.deepspeed_plugin
+    return plugin.hf_ds_config if plugin is not None and plugin.hf_ds_config.is_zero3() else None
 
 
 def _finish(trainer: LatentSFTTrainer, interrupt: Interrupt) -> int:

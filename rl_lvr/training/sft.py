@@ -129,21 +129,21 @@ class LatentSFTTrainer(SFTTrainer):
         rows, places = masks.latent.nonzero(as_tuple=True)
         values = torch.zeros(len(rows), self.family.hidden_size, device=ids.device)
         own = torch.ones(len(rows), dtype=torch.bool, device=ids.device)
-        vectors, tokens = values[:0], targets.tokens
-        if len(targets.rows):
-            with self.accelerator.autocast():
-                vectors, tokens = target_vectors(self.family, self.model, images, targets)
-            number = torch.full(ids.shape, -1, device=ids.device)
-            number[rows, places] = torch.arange(len(rows), device=ids.device)
-            at = number[targets.rows, targets.positions]
-            fed = vectors
-            if self.args.latent_noise and self.model.training:
-                fed = vectors + self.args.latent_noise * vectors.std() * torch.randn_like(vectors)
-            values = values.to(vectors.dtype).index_put((at,), fed)
-            own[at] = False
+        number = torch.full(ids.shape, -1, device=ids.device)
+        number[rows, places] = torch.arange(len(rows), device=ids.device)
+        at = number[targets.rows, targets.positions]
+        own[at] = False
         # A latent without a target is exact once all those before it in its row are.
         passes = int(torch.bincount(rows, own.float()).max()) if len(rows) else 0
-        passes = self._most(passes, ids.device)
+        passes, most_targets = self._most(passes, len(targets.rows))
+        vectors, tokens = values[:0], targets.tokens
+        if most_targets and (images or targets.aux_images):
+            with self.accelerator.autocast():
+                vectors, tokens = target_vectors(self.family, self.model, images, targets)
+            fed = vectors
+            if self.args.latent_noise and self.model.training and len(vectors):
+                fed = vectors + self.args.latent_noise * vectors.std() * torch.randn_like(vectors)
+            values = values.to(vectors.dtype).index_put((at,), fed)
 
         share = self.args.own_share_at(self._progress)
         if share and self.model.training:
@@ -154,9 +154,11 @@ class LatentSFTTrainer(SFTTrainer):
             values = self._with_own(inputs, markers, rows, places, values, own)
         return LatentBatch.from_flat(rows, places, values, len(ids)), vectors, tokens
 
-    def _most(self, count: int, device: torch.device) -> int:
-        """The largest `count` of all processes: ZeRO-3 needs as many forward passes from each."""
-        return int(self.accelerator.gather(torch.tensor([count], device=device)).max())
+    def _most(self, *counts: int) -> list[int]:
+        """The largest of each count among all processes: ZeRO-3 needs the same forward passes from each."""
+        mine = torch.tensor([counts], device=self.args.device)
+        most: list[int] = self.accelerator.gather(mine).amax(0).tolist()
+        return most
 
     @torch.no_grad()
     def _with_own(
