@@ -29,12 +29,12 @@ def _asked(values: Tensor | None) -> Tensor:
 
 
 def latent_entropy(f: Forward, *, per: Per = "completion") -> Column:
-    """Entropy -sum p log p in nats at latent positions; the count is the number of latents."""
+    """Entropy -sum p log p in nats at latent positions: E of paper A's Eq. 5. The count is the number of latents."""
     return _column(f, f.vocabulary(0).entropy, per)
 
 
 def latent_top_k_mass(f: Forward, *, k: int = 10, per: Per = "completion") -> Column:
-    """Probability of the k likeliest tokens at latent positions."""
+    """Probability of the k likeliest tokens, those of paper A's confidence. The count is the number of latents."""
     return _column(f, _asked(f.vocabulary(k).topk_mass), per)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from rl_lvr.errors import UserError
+from rl_lvr.ops.vocab_stats import MAX_TOP_K
 from rl_lvr.signals import attention, confidence, vectors
 from rl_lvr.signals.forward import Column
 from rl_lvr.signals.probe import Reading
@@ -122,8 +123,8 @@ def _checked(what: str, value: Any, hint: Any) -> Any:
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     if hint is int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UserError(f"{what} is {value!r}; it must be a whole number above 0.")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_TOP_K:
+            raise UserError(f"{what} is {value!r}; it must be a whole number above 0, at most {MAX_TOP_K}.")
         return value
     if get_origin(hint) in (Union, types.UnionType):  # tuple[int, ...] | None
         if value is None:

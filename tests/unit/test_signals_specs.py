@@ -1,0 +1,79 @@
+"""Signals as a recipe writes them: names, parameters, and refusals that name the nearest valid one."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+import pytest
+
+from rl_lvr.errors import UserError
+from rl_lvr.signals import SIGNALS, Reading, parse_signals
+
+
+def test_names_and_parameters():
+    plain, layers, paper = parse_signals(
+        [
+            "attention_mass",
+            {"attention_mass": {"layers": [0, -1], "to": "image", "name": "first"}},
+            "attention_mass_paper_b",
+        ]
+    )
+    assert (plain.name, plain.parameters, plain.reading) == ("attention_mass", {}, Reading("mass"))
+    assert (layers.name, layers.parameters) == ("first", {"layers": (0, -1), "to": "image"})
+    assert layers.reading == Reading("mass", (0, -1))
+    assert paper.reading == Reading("mass", (0,))  # the paper's layer, not all
+
+
+def test_parameters_of_numbers():
+    (reward,) = parse_signals([{"confidence_reward": {"k": 5, "weight": 1}}])
+    assert reward.parameters == {"k": 5, "weight": 1.0}
+    assert reward.reading is None
+
+
+def test_every_signal_says_what_it_is():
+    for name, function in SIGNALS.items():
+        assert parse_signals([name])[0].function is function
+        assert re.search(r"[Pp]aper [A-D]|\d{4}\.\d{5}", inspect.getdoc(function) or ""), name
+        (spec,) = parse_signals([name])
+        assert (spec.reading is not None) == (name.startswith("attention") or "attention_entropy" in name)
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ("atention_mass", "did you mean 'attention_mass'"),
+        ("nothing like it", "Signals: attention_mass"),
+        ({"attention_mass": {"layer": [0]}}, "did you mean 'layers'"),
+        ({"attention_mass": {"xyzzy": 1}}, "Parameters: to, queries, layers, heads, per, name"),
+        ({"attention_mass": {"to": "text"}}, "choose latent, slot, image, markers, sink"),
+        ({"attention_mass": {"layers": 0}}, "list of whole numbers"),
+        ({"attention_mass": {"layers": []}}, "list of whole numbers"),
+        ({"attention_mass": {"heads": [True]}}, "list of whole numbers"),
+        ({"attention_mass": {"heads": ["1"]}}, "list of whole numbers"),
+        ({"attention_mass": {"name": "two words"}}, "argument of that name"),
+        ({"attention_mass": [0]}, "name: value"),
+        ({"attention_mass": {}, "latent_norm": {}}, "not {"),
+        ({"latent_confidence": {"k": 0}}, "above 0"),
+        ({"latent_confidence": {"k": 65}}, "at most 64"),
+        ({"latent_confidence": {"k": 2.5}}, "whole number"),
+        ({"confidence_reward": {"weight": "big"}}, "must be a number"),
+        (7, "a signal is a name"),
+    ],
+)
+def test_refusals(entry, says):
+    with pytest.raises(UserError) as refusal:
+        parse_signals([entry])
+    assert says in str(refusal.value)
+
+
+def test_two_columns_of_one_name_are_refused():
+    with pytest.raises(UserError, match="two signals are called 'attention_mass'"):
+        parse_signals(["attention_mass", {"attention_mass": {"layers": [0]}}])
+    with pytest.raises(UserError, match="two signals are called 'latent_norm'"):
+        parse_signals(["latent_norm", {"latent_cosine": {"name": "latent_norm"}}])
+
+
+def test_null_means_all():
+    (spec,) = parse_signals([{"attention_mass": {"layers": None}}])
+    assert spec.reading == Reading("mass")
