@@ -7,6 +7,7 @@ dRenyi2/dz_j = 2 p_j (1 - p_j / sum p^2). The shifted form of the first keeps it
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -39,6 +40,11 @@ class Coefficients:
     """int64, -1 where nothing was chosen."""
     top_ids: Tensor
     """[N, k] int64"""
+
+    @cached_property
+    def packed(self) -> Tensor:
+        """[10, N], the floats, in the order of the fields: one pointer for a kernel."""
+        return torch.stack([getattr(self, field.name) for field in fields(self)[:10]])
 
     def rows(self, block: slice) -> Coefficients:
         return Coefficients(**{field.name: getattr(self, field.name)[block] for field in fields(self)})

@@ -5,7 +5,7 @@ The head's own forward is bypassed, so what it would apply has to be found here,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -34,21 +34,22 @@ def head_weights(head: nn.Module) -> Iterator[HeadWeights]:
     pass needs what was computed inside; every process has to take part in both. LoRA dropout is left out.
     """
     layer, adapters = _unwrapped(head)
-    parameters = [layer.weight, layer.bias, *(p for a, b, _ in adapters for p in (a, b))]
-    sharded = {id(p): p for p in parameters if _is_sharded(p)}
+    parameters: list[Any] = [layer.weight, layer.bias, *(p for a, b, _ in adapters for p in (a, b))]
+    sharded = list({id(p): p for p in parameters if hasattr(p, "ds_id")}.values())
     with ExitStack() as stack:
         if sharded:
-            stack.enter_context(_gathered(list(sharded.values())))
-            stack.enter_context(_gathered_again_for_backward(list(sharded.values())))
+            stack.enter_context(_gathered(sharded))
+            stack.enter_context(_gathered_again_for_backward(sharded))
         lora = None
         if adapters:
             a = torch.cat([a.detach() for a, _, _ in adapters])
             b = torch.cat([b.detach() * scaling for _, b, scaling in adapters], 1) if len(adapters) > 1 else None
             lora = (a, b, 1.0) if b is not None else (a, adapters[0][1].detach(), adapters[0][2])
         weights = HeadWeights(layer.weight.detach(), None if layer.bias is None else layer.bias.detach(), lora)
+        borrowed = _borrowed(weights, sharded)
         yield weights
-    if sharded:
-        _release(weights)
+    for tensor in borrowed:
+        tensor.data = tensor.new_empty(0)  # use after the context is an error, and no leak
 
 
 Adapter = tuple[nn.Parameter, nn.Parameter, float]
@@ -90,11 +91,7 @@ def _adapters(head: Any) -> list[Adapter]:
     return found
 
 
-def _is_sharded(parameter: nn.Parameter | None) -> bool:
-    return parameter is not None and hasattr(parameter, "ds_id")
-
-
-def _gathered(parameters: list[nn.Parameter]) -> Any:
+def _gathered(parameters: list[Any]) -> Any:
     """Whole parameters in a context; those that are whole already, as a tied embedding in use is, stay so."""
     import deepspeed
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
@@ -123,8 +120,8 @@ def _gathered_again_for_backward(parameters: list[nn.Parameter]) -> Iterator[Non
         yield
 
 
-def _release(weights: HeadWeights) -> None:
-    """Lets go of the gathered tensors that the caller still names: use after the context is an error, not a leak."""
-    for tensor in (weights.weight, weights.bias, *(weights.lora or ())[:2]):
-        if isinstance(tensor, Tensor):
-            tensor.data = tensor.new_empty(0)
+def _borrowed(weights: HeadWeights, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """Of `weights`, the tensors that are views of `parameters`."""
+    owned = {parameter.data_ptr() for parameter in parameters}
+    tensors = [weights.weight, weights.bias, *((weights.lora or ())[:2])]
+    return [tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.data_ptr() in owned]

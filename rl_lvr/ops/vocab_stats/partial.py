@@ -15,6 +15,8 @@ from torch import Tensor
 
 EMPTY = -1e30
 """The maximum of no logits. Finite, so that differences of maxima never become inf - inf."""
+FLOOR = -1e4
+"""z - m of a banned id instead of -inf: its exp is 0, and 0 times it is 0."""
 NO_ID = torch.iinfo(torch.int64).max
 
 
@@ -33,7 +35,7 @@ class Partial:
     square: Tensor
     """[N] sum of exp(2 (z_j - m)) over j != a; -1 for an empty set."""
     top_values: Tensor
-    """[N, k] the largest logits, in falling order, -inf where there are fewer."""
+    """[N, k] the largest logits in any order, -inf where there are fewer."""
     top_ids: Tensor
     """[N, k] int64, their ids."""
     chosen: Tensor

@@ -14,7 +14,8 @@ from torch import Tensor
 from rl_lvr.ops.vocab_stats.gradient import Coefficients
 from rl_lvr.ops.vocab_stats.partial import Partial, empty, rows_of, stack_rows
 
-ALIGN = 128
+ALIGNS = (4096, 128)
+"""A slice's width is a multiple of one of these: sums over blocks then do not depend on the number of rows."""
 MIN_WIDTH = 1024
 """Rows are split before a slice becomes narrower than this."""
 
@@ -149,12 +150,13 @@ class _Logits:
         self.native = half_product(hidden, head.weight)
         rows, vocabulary = len(hidden), len(head.weight)
         per_id = dtype.itemsize * rows if store is None else 0
-        if self.native:
+        if self.native and not fill:
             per_id += head.weight.element_size() * rows  # the gradient, apart from the logits
-        elif head.weight.dtype != dtype:
+        if not self.native and head.weight.dtype != dtype:
             per_id += dtype.itemsize * head.weight.shape[1]  # a wider copy of the slice's weights
-        fits = workspace_bytes // per_id // ALIGN * ALIGN if per_id else vocabulary
-        self.width = min(vocabulary, max(ALIGN, fits))
+        fits = workspace_bytes // per_id if per_id else vocabulary
+        align = next((a for a in ALIGNS if a <= fits), ALIGNS[-1])
+        self.width = min(vocabulary, max(fits // align, 1) * align)
         self.workspace = torch.empty(rows * self.width if store is None else 0, device=hidden.device, dtype=dtype)
         if not self.native:
             self.hidden = hidden.to(dtype)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rl_lvr.ops.vocab_stats.gradient import Coefficients
-from rl_lvr.ops.vocab_stats.partial import EMPTY, Partial, merge, stack_rows
+from rl_lvr.ops.vocab_stats.partial import EMPTY, FLOOR, Partial, merge, stack_rows
 from rl_lvr.ops.vocab_stats.sweep import Slice
 
 BLOCK_ELEMENTS = 1 << 20
@@ -97,8 +97,8 @@ def _scaled(logits: Tensor, piece: Slice) -> Tensor:
 
 
 def _shifted(z: Tensor, maximum: Tensor) -> Tensor:
-    """z - maximum, finite for banned ids at -inf, so that 0 times it is 0."""
-    return (z - maximum).clamp_(min=EMPTY)
+    """z - maximum, finite for banned ids at -inf."""
+    return (z - maximum).clamp_(min=FLOOR)
 
 
 def _inside(local: Tensor, width: int) -> Tensor:
