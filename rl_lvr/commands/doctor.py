@@ -21,6 +21,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from rl_lvr.ops import backends
+
 HELP = "show what is installed, what will be used on this machine, and how to get what is missing"
 
 GIB = 1024**3
@@ -252,15 +254,23 @@ def engine_rows(gpus: list[str], found: Probe) -> list[Row]:
     return [Row("hf", "ok" if works else "broken", detail, "" if works else SET_UP), vllm_row(gpus, found)]
 
 
-def kernel_rows(found: Probe) -> list[Row]:
+def kernel_rows(found: Probe, version_of: Callable[[str], str | None] = installed_version) -> list[Row]:
     torch_works = found.torch is not None
-    rows = [Row("torch", "ok" if torch_works else "broken", "plain and chunked", "" if torch_works else SET_UP)]
-    version = installed_version("triton")
+    rows = [
+        Row("rule", "ok", f"fused operations run on {kernel_backend(found)} here: {backends.RULE}"),
+        Row("torch", "ok" if torch_works else "broken", "plain and chunked", "" if torch_works else SET_UP),
+    ]
+    version = version_of("triton")
     failure = found.error("triton.backends")
     if version is None or failure is not None:
-        return [*rows, Row("triton", "absent", failure or "not installed", SET_UP)]
+        needed: Status = "broken" if kernel_backend(found) == "triton" else "absent"
+        return [*rows, Row("triton", needed, failure or "not installed", SET_UP)]
     how = "compiles for CUDA" if found.gpus else "interpreter only (TRITON_INTERPRET=1), for tests"
     return [*rows, Row("triton", "ok", f"{version}, {how}")]
+
+
+def kernel_backend(found: Probe) -> str:
+    return backends.by_rule("cuda" if found.gpus else "cpu")
 
 
 def launcher_rows() -> list[Row]:
@@ -290,11 +300,10 @@ def inspect() -> Report:
         return ", ".join(row.name for row in sections[section] if row.status == "ok") or "none"
 
     device = f"{len(found.gpus)} x {found.gpus[0]}" if found.gpus else "cpu"
-    triton = any(row.name == "triton" and row.status == "ok" for row in sections["kernels"])
     used = {
         "device": device,
         "engines": usable("engines"),
-        "kernels": "triton" if found.gpus and triton else "torch",
+        "kernels": kernel_backend(found),
         "launchers": usable("launchers"),
     }
     return Report(sections, used)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from rl_lvr.commands import doctor
+from rl_lvr.ops import backends
 
 ROOT = Path(__file__).resolve().parents[2]
 HEALTHY = doctor.Probe(torch="2.13.0+cpu", triton_backends=("amd", "cpu", "nvidia"))
@@ -154,3 +155,21 @@ def test_probe_survives_an_interpreter_that_dies(tmp_path: Path) -> None:
     assert "132" in (found.error("torch") or "")
     assert "Illegal instruction" in (found.error("torch") or "")
     assert doctor.probe().torch is not None
+
+
+@pytest.mark.parametrize(
+    ("found", "triton", "chosen", "status"),
+    [
+        (HEALTHY, "3.9.0", "torch", "ok"),
+        (HEALTHY, None, "torch", "absent"),
+        (ON_GPU, "3.7.1", "triton", "ok"),
+        (ON_GPU, None, "triton", "broken"),
+    ],
+)
+def test_kernels_name_the_backend_that_the_rule_chooses(
+    found: doctor.Probe, triton: str | None, chosen: str, status: str
+) -> None:
+    rows = {row.name: row for row in doctor.kernel_rows(found, {"triton": triton}.get)}
+    assert f"run on {chosen} here" in rows["rule"].detail
+    assert backends.RULE in rows["rule"].detail
+    assert rows["triton"].status == status
