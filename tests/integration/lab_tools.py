@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +69,21 @@ def sft_command(model: Path, data: Path, out: Path, **settings: Any) -> list[str
 def sft(model: Path, data: Path, out: Path, **settings: Any) -> int:
     """`rl-lvr sft` in this process; returns its exit code."""
     return cli.main(sft_command(model, data, out, **settings))
+
+
+def torchrun(processes: int, *words: str, **environment: str) -> str:
+    """Run a script or `-m module` with its arguments in several processes, which must succeed; returns stderr."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    done = subprocess.run(
+        [*launcher, *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    return done.stderr
 
 
 def logged(out: Path) -> list[dict[str, Any]]:

@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from lab_tools import logged, sft_command, weights
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+from lab_tools import logged, sft_command, torchrun, weights
 
 
 def launch(processes: int, place: Path, data: Path, out: Path, **settings: Any) -> Path:
-    """A real launch, which must succeed; returns the run's folder."""
+    """A real launch; returns the run's folder."""
     command = sft_command(place / "model", data, out, use_cpu=True, ddp_backend="gloo", **settings)
-    done = subprocess.run(
-        [*TORCHRUN, f"--nproc_per_node={processes}", "-m", "rl_lvr.cli", *command],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(processes, "-m", "rl_lvr.cli", *command)
     return out
 
 
