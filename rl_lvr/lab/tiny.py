@@ -177,102 +177,87 @@ def _rope(**more: Any) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": 10000.0, **more}
 
 
-def _qwen_vision(spec: TinySpec, **more: Any) -> dict[str, Any]:
-    return {
-        "depth": spec.vision_depth,
-        "hidden_size": spec.vision_hidden,
-        "intermediate_size": 2 * spec.vision_hidden,
-        "num_heads": spec.vision_heads,
-        "out_hidden_size": spec.hidden,
-        "patch_size": spec.patch,
-        "spatial_merge_size": spec.merge,
-        "temporal_patch_size": TEMPORAL,
-        "in_channels": 3,
-        "initializer_range": spec.init_std,
-        **more,
-    }
+def _qwen(
+    spec: TinySpec,
+    tokenizer: PreTrainedTokenizerBase,
+    classes: tuple[Any, Any, Any, Any],
+    *,
+    text: dict[str, Any],
+    vision: dict[str, Any],
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """`classes`: config, model, processor, video processor; `text` and `vision`: what only one of the two has."""
+    from transformers import Qwen2VLImageProcessor
 
-
-def _qwen_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    names = ("image_token", "video_token", "vision_start_token", "vision_end_token")
-    return {f"{name}_id": getattr(tokenizer, f"{name}_id") for name in names}
-
-
-def _qwen_images(spec: TinySpec) -> dict[str, Any]:
-    return {
+    config_class, model_class, processor_class, video_class = classes
+    tokens = ("image_token", "video_token", "vision_start_token", "vision_end_token")
+    config = config_class(
+        text_config=_text(spec, tokenizer, **text),
+        vision_config={
+            "depth": spec.vision_depth,
+            "hidden_size": spec.vision_hidden,
+            "intermediate_size": 2 * spec.vision_hidden,
+            "num_heads": spec.vision_heads,
+            "out_hidden_size": spec.hidden,
+            "patch_size": spec.patch,
+            "spatial_merge_size": spec.merge,
+            "temporal_patch_size": TEMPORAL,
+            "in_channels": 3,
+            "initializer_range": spec.init_std,
+            **vision,
+        },
+        tie_word_embeddings=spec.tie,
+        **{f"{name}_id": getattr(tokenizer, f"{name}_id") for name in tokens},
+    )
+    images = {
         "patch_size": spec.patch,
         "merge_size": spec.merge,
         "temporal_patch_size": TEMPORAL,
         "size": spec.pixel_limits,
         **MEAN_STD,
     }
+    processor = processor_class(
+        image_processor=Qwen2VLImageProcessor(**images),
+        video_processor=video_class(**images),
+        tokenizer=tokenizer,
+        chat_template=tokenizer.chat_template,
+    )
+    return model_class(config), processor
 
 
 def _qwen2_5_vl(spec: TinySpec, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedModel, ProcessorMixin]:
-    from transformers import (
-        Qwen2_5_VLConfig,
-        Qwen2_5_VLForConditionalGeneration,
-        Qwen2_5_VLProcessor,
-        Qwen2VLImageProcessor,
-    )
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
     from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
     half = spec.head_dim // 2  # rotary pairs, shared out as 1 : 1.5 : 1.5 over time, height and width
     section = [half // 4, (half - half // 4) // 2, half - half // 4 - (half - half // 4) // 2]
-    config = Qwen2_5_VLConfig(
-        text_config=_text(spec, tokenizer, rope_parameters=_rope(mrope_section=section)),
-        vision_config=_qwen_vision(
-            spec,
-            window_size=2 * spec.token_pixels,
-            fullatt_block_indexes=[spec.vision_depth - 1],
-        ),
-        tie_word_embeddings=spec.tie,
-        **_qwen_ids(tokenizer),
+    return _qwen(
+        spec,
+        tokenizer,
+        (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor, Qwen2VLVideoProcessor),
+        text={"rope_parameters": _rope(mrope_section=section)},
+        vision={"window_size": 2 * spec.token_pixels, "fullatt_block_indexes": [spec.vision_depth - 1]},
     )
-    images = _qwen_images(spec)
-    processor = Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(**images),
-        video_processor=Qwen2VLVideoProcessor(**images),
-        tokenizer=tokenizer,
-        chat_template=tokenizer.chat_template,
-    )
-    return Qwen2_5_VLForConditionalGeneration(config), processor
 
 
 def _qwen3_vl(spec: TinySpec, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedModel, ProcessorMixin]:
-    from transformers import (
-        Qwen2VLImageProcessor,
-        Qwen3VLConfig,
-        Qwen3VLForConditionalGeneration,
-        Qwen3VLProcessor,
-        Qwen3VLVideoProcessor,
-    )
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor, Qwen3VLVideoProcessor
 
     half = spec.head_dim // 2
     side = half * 20 // 64  # the shares of the released models: 24, 20, 20 of 64
-    config = Qwen3VLConfig(
-        text_config=_text(
-            spec,
-            tokenizer,
-            head_dim=spec.head_dim,
-            rope_parameters=_rope(mrope_section=[half - 2 * side, side, side], mrope_interleaved=True),
-        ),
-        vision_config=_qwen_vision(
-            spec,
-            num_position_embeddings=256,
-            deepstack_visual_indexes=list(range(min(spec.vision_depth, spec.layers))),
-        ),
-        tie_word_embeddings=spec.tie,
-        **_qwen_ids(tokenizer),
+    section = [half - 2 * side, side, side]
+    return _qwen(
+        spec,
+        tokenizer,
+        (Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor, Qwen3VLVideoProcessor),
+        text={
+            "head_dim": spec.head_dim,
+            "rope_parameters": _rope(mrope_section=section, mrope_interleaved=True),
+        },
+        vision={
+            "num_position_embeddings": 256,
+            "deepstack_visual_indexes": list(range(min(spec.vision_depth, spec.layers))),
+        },
     )
-    images = _qwen_images(spec)
-    processor = Qwen3VLProcessor(
-        image_processor=Qwen2VLImageProcessor(**images),
-        video_processor=Qwen3VLVideoProcessor(**images),
-        tokenizer=tokenizer,
-        chat_template=tokenizer.chat_template,
-    )
-    return Qwen3VLForConditionalGeneration(config), processor
 
 
 def _internvl(spec: TinySpec, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedModel, ProcessorMixin]:
