@@ -23,11 +23,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rl_lvr import progress
-from rl_lvr.data.encoding import Encoded, Encoder, SpanTarget
+from rl_lvr.data.encoding import Encoded, Encoder, Target
 from rl_lvr.data.records import Records
 from rl_lvr.data.sources import locate
 
-VERSION = 1
+VERSION = 2
 SHARD = 4096
 CHUNK = 256  # records whose images are processed in one call
 
@@ -146,33 +146,16 @@ def _pack(shard: list[Encoded]) -> dict[str, Tensor]:
         for key in sorted({key for d in dicts for key in d}):
             empty = next(d[key] for d in dicts if key in d)[:0]
             tensors |= _ragged(f"{kind}/{key}", [d.get(key, empty) for d in dicts])
-    flat = [torch.tensor(_flatten(e.targets), dtype=torch.long) for e in shard]
-    return tensors | _ragged("targets", flat)
+    width = max((len(target.tokens) for e in shard for target in e.targets), default=0)
+    return tensors | _ragged("targets", [_table(e.targets, width) for e in shard])
 
 
-def _flatten(targets: tuple[SpanTarget, ...]) -> list[int]:
-    """image, k, k positions, k group sizes, tokens; target after target."""
-    flat: list[int] = []
-    for target in targets:
-        flat += [target.image, len(target.positions), *target.positions, *map(len, target.groups)]
-        flat += [token for group in target.groups for token in group]
-    return flat
-
-
-def _unflatten(flat: list[int]) -> tuple[SpanTarget, ...]:
-    targets = []
-    at = 0
-    while at < len(flat):
-        image, k = flat[at : at + 2]
-        positions = tuple(flat[at + 2 : at + 2 + k])
-        sizes = flat[at + 2 + k : at + 2 + 2 * k]
-        at += 2 + 2 * k
-        groups = []
-        for size in sizes:
-            groups.append(tuple(flat[at : at + size]))
-            at += size
-        targets.append(SpanTarget(positions, image, tuple(groups)))
-    return tuple(targets)
+def _table(targets: tuple[Target, ...], width: int) -> Tensor:
+    """[n, 2 + width]: position, image, tokens, -1 behind the last."""
+    table = torch.full((len(targets), 2 + width), -1)
+    for row, target in zip(table, targets, strict=True):
+        row[: 2 + len(target.tokens)] = torch.tensor([target.position, target.image, *target.tokens])
+    return table
 
 
 def _unpack(file: Any, tables: dict[str, Tensor], row: int) -> Encoded:
@@ -190,6 +173,9 @@ def _unpack(file: Any, tables: dict[str, Tensor], row: int) -> Encoded:
         labels=read("labels"),
         images=images("images/"),
         prompt_length=int(tables["prompt_length"][row]),
-        targets=_unflatten(read("targets").tolist()),
+        targets=tuple(
+            Target(position, image, tuple(token for token in tokens if token >= 0))
+            for position, image, *tokens in read("targets").tolist()
+        ),
         target_images=images("aux/") or None,
     )

@@ -27,15 +27,15 @@ IGNORED = -100
 
 
 @dataclass(frozen=True)
-class SpanTarget:
-    """Where the target vectors of one span come from: groups of image tokens, averaged to one vector each."""
+class Target:
+    """Where the target vector of one latent comes from: the mean of a few image tokens."""
 
-    positions: tuple[int, ...]
-    """k positions of latents in the row."""
+    position: int
+    """The latent's position in the row."""
     image: int
     """Which of the row's target images: the prompt's images first, then the record's auxiliary images."""
-    groups: tuple[tuple[int, ...], ...]
-    """k groups of token indices within that image's features."""
+    tokens: tuple[int, ...]
+    """Token indices within that image's features."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class Encoded:
     images: dict[str, Tensor]
     """The processor's image inputs of this record's prompt; empty without images."""
     prompt_length: int
-    targets: tuple[SpanTarget, ...] = ()
+    targets: tuple[Target, ...] = ()
+    """One for each latent that has a target."""
     target_images: dict[str, Tensor] | None = None
     """Image inputs of auxiliary target images, which do not enter the prompt."""
 
@@ -201,7 +202,7 @@ class Encoder:
 
     def _targets(
         self, record: Record, ids: Tensor, images: dict[str, Tensor]
-    ) -> tuple[tuple[SpanTarget, ...], dict[str, Tensor] | None]:
+    ) -> tuple[tuple[Target, ...], dict[str, Tensor] | None]:
         assert self.markers is not None
         row = find_spans(ids.numpy(), self.markers)
         if row.stray or any(span.status is not SpanStatus.CLOSED for span in row.spans):
@@ -218,31 +219,26 @@ class Encoder:
             starts = [len(ids) + sum(lengths[:i]) for i in range(len(lengths))]
             places += [tuple(range(a, a + k)) for a, k in zip(starts, lengths, strict=True)]
         grids = self.family.token_grid(images) if images else []
+        found: list[Target] = []
         extra: list[Image.Image] = []
-        # Token groups of extra images are known only once all of them are processed.
-        pending: list[tuple[tuple[int, ...], list[int]]] = []
-        found: list[SpanTarget | None] = []
+        shares: list[tuple[int, ...]] = []  # of the latents, one for each extra image
         for target, positions in zip(targets, places, strict=True):
             if target.boxes and not self.crops:
                 image = target.image or 0
                 groups = latent_groups(grids[image], target.boxes, len(positions))
-                found.append(SpanTarget(positions, image, groups))
+                found += [Target(p, image, group) for p, group in zip(positions, groups, strict=True)]
                 continue
             pictures = self._pictures(record, target)
             share = len(positions) // len(pictures)
-            for i in range(len(pictures)):
-                pending.append((positions[i * share : (i + 1) * share], [len(extra) + i]))
+            shares += [positions[i * share : (i + 1) * share] for i in range(len(pictures))]
             extra += pictures
-            found.append(None)
         if not extra:
-            return tuple(t for t in found if t is not None), None
+            return tuple(found), None
         inputs = self._extra_inputs(extra)
-        extra_grids = self.family.token_grid(inputs)
-        more = [
-            SpanTarget(positions, len(record.images) + i, latent_groups(extra_grids[i], [WHOLE], len(positions)))
-            for positions, (i,) in pending
-        ]
-        return tuple([t for t in found if t is not None] + more), inputs
+        for i, (positions, grid) in enumerate(zip(shares, self.family.token_grid(inputs), strict=True)):
+            groups = latent_groups(grid, [WHOLE], len(positions))
+            found += [Target(p, len(record.images) + i, group) for p, group in zip(positions, groups, strict=True)]
+        return tuple(found), inputs
 
     def _pictures(self, record: Record, target: LatentTarget) -> list[Image.Image]:
         if target.aux_images:
@@ -327,10 +323,10 @@ class Collator:
             for target in row.targets:
                 own = target.image < main[b]
                 image = first_main[b] + target.image if own else first_aux[b] + target.image - main[b]
-                where += [b] * len(target.positions)
-                positions += target.positions
-                images += [int(image)] * len(target.positions)
-                groups += target.groups
+                where.append(b)
+                positions.append(target.position)
+                images.append(int(image))
+                groups.append(target.tokens)
         tokens = torch.full((len(groups), max(map(len, groups), default=0)), -1)
         for i, group in enumerate(groups):
             tokens[i, : len(group)] = torch.tensor(group)

@@ -224,7 +224,7 @@ def _questions(records: Records, evaluation: Sequence[Encoded], encoder: Encoder
         raise UserError(f"record {missing[0]!r} of eval_file has no answer, which latent_eval_steps needs.")
     encoded = [evaluation[i] for i in chosen]
     for record, row in zip((records[i] for i in chosen), encoded, strict=True):
-        if any(position < row.prompt_length for target in row.targets for position in target.positions):
+        if any(target.position < row.prompt_length for target in row.targets):
             raise UserError(
                 f"record {record.id!r} of eval_file has latents in its prompt, which cannot be answered under "
                 "interventions: give records whose spans stand in the last answer."

@@ -52,7 +52,7 @@ def test_before_start_has_its_first_target_on_the_marker(folders: dict[str, Path
     row = bench.encoded[0]
     span = find_spans(row.input_ids.numpy(), bench.markers).spans[0]
     assert span.slots == PUZZLES.hops - 1
-    assert row.targets[0].positions == tuple(range(span.start, span.start + PUZZLES.hops))
+    assert [t.position for t in row.targets] == list(range(span.start, span.start + PUZZLES.hops))
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl", "llava_onevision"])
@@ -180,5 +180,5 @@ def test_spans_without_targets_and_boxes_over_a_whole_span(folders: dict[str, Pa
     assert bench.encoder.encode([plain])[0].targets == ()
     width, height = plain.open_images()[0].size
     box = replace(bench.records[0], latents=(LatentSpec(image=0, boxes=((0, 0, width, height),)),))
-    target = bench.encoder.encode([box])[0].targets[0]
-    assert [len(group) for group in target.groups] == [2, 2, 2]  # six cells shared out over three latents
+    targets = bench.encoder.encode([box])[0].targets
+    assert [len(target.tokens) for target in targets] == [2, 2, 2]  # six cells shared out over three latents
