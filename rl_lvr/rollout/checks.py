@@ -26,11 +26,12 @@ class Limits:
     """Rows of the embedding."""
     max_positions: int
     image_token: int
+    """-1 if the model takes text only."""
     special_ids: frozenset[int]
     """Ids that are no ordinary text: the tokenizer's special tokens and the end-of-sequence ids."""
 
 
-def check_request(index: int, request: Request, markers: FormatIds, limits: Limits) -> None:
+def check_request(index: int | str, request: Request, markers: FormatIds, limits: Limits) -> None:
     """Raise UserError if `request`, number `index` of a call, cannot be run as it is written."""
 
     def need(ok: bool, fault: str) -> None:

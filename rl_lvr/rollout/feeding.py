@@ -12,6 +12,17 @@ from rl_lvr.latents.noise import keyed_normal
 from rl_lvr.rollout.types import Request, Sampling
 
 
+def with_noise(own: Tensor, seeds: Tensor, positions: Tensor, sigma: Tensor, matched: Tensor, unit: Tensor) -> Tensor:
+    """`own` [B, H], explored where `sigma` [B] is above 0, replaced by noise where `matched` or `unit` [B] says so."""
+    noise = keyed_normal(seeds, positions, own.shape[-1])
+    length = own.float().norm(dim=-1, keepdim=True)
+    same_norm = noise * (length / noise.norm(dim=-1, keepdim=True))
+    explored = (own.float() + sigma[:, None] * noise).to(own.dtype)
+    z = torch.where((sigma > 0)[:, None], explored, own)
+    z = torch.where(matched[:, None], same_norm.to(own.dtype), z)
+    return torch.where(unit[:, None], noise.to(own.dtype), z)
+
+
 class VectorSource:
     """The vectors of one batch, row by row. Rows may have different interventions."""
 
@@ -60,13 +71,7 @@ class VectorSource:
         """
         z = own
         if self._any_noise:
-            noise = keyed_normal(self._seeds, positions, own.shape[-1])
-            length = own.float().norm(dim=-1, keepdim=True)
-            matched = noise * (length / noise.norm(dim=-1, keepdim=True))
-            explored = (own.float() + self._sigma[:, None] * noise).to(own.dtype)
-            z = torch.where((self._sigma > 0)[:, None], explored, z)
-            z = torch.where(self._matched[:, None], matched.to(own.dtype), z)
-            z = torch.where(self._unit[:, None], noise.to(own.dtype), z)
+            z = with_noise(own, self._seeds, positions, self._sigma, self._matched, self._unit)
         if self._any_zeros:
             z = z.masked_fill(self._zeros[:, None], 0)
         if self._table is not None:

@@ -81,7 +81,7 @@ class HFRolloutEngine:
             hidden_size=self._parts.hidden_size,
             vocabulary=self._parts.vocabulary,
             max_positions=text.max_position_embeddings,
-            image_token=placeholders["image"],
+            image_token=placeholders.get("image", -1),
             special_ids=frozenset({*self.tokenizer.all_special_ids, *eos}),
         )
 

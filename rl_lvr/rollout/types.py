@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from rl_lvr.errors import UserError
@@ -59,6 +60,8 @@ class Request:
     """Token ids with image placeholders expanded, as the family's processor writes them."""
     images: dict[str, Tensor] = field(default_factory=dict)
     """The processor's image inputs of this row alone (pixel_values, image_grid_thw, ...)."""
+    pictures: tuple[Image, ...] = ()
+    """The images that `images` was made of, in their order: an engine in another process runs the processor itself."""
     prompt_latents: tuple[Tensor, Sequence[int]] | None = None
     """Vectors [n, H] and positions of latents that already stand in the prompt."""
     intervention: Intervention = Intervention.OWN

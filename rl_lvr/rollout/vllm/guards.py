@@ -1,0 +1,139 @@
+"""What latents cannot run with, refused at start with the cure, and the hooks of vLLM that they rest on.
+
+vLLM's `ModelState` is an internal interface: `missing_hooks` says by name what a release has taken away.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from packaging.version import Version
+
+from rl_lvr.errors import UserError
+from rl_lvr.latents.format import FormatIds
+
+OLDEST, BEYOND = Version("0.30"), Version("0.34")
+
+_STATE = "vllm.v1.worker.gpu.model_states"
+HOOKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    (_STATE, "resolve_model_state_cls", ("vllm_config", "model")),
+    (f"{_STATE}.default", "DefaultModelState.__init__", ("vllm_config", "model", "encoder_cache", "device")),
+    (f"{_STATE}.default", "DefaultModelState.add_request", ("req_index", "new_req_data")),
+    (f"{_STATE}.default", "DefaultModelState.remove_request", ("req_id",)),
+    (
+        f"{_STATE}.default",
+        "DefaultModelState.prepare_inputs_embeds",
+        ("scheduled_encoder_inputs", "input_batch", "req_states"),
+    ),
+    (f"{_STATE}.default", "DefaultModelState.custom_sampler", ("sampler",)),
+    ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.finish_requests", ("scheduler_output",)),
+    ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.reload_weights", ()),
+    ("vllm.v1.worker.gpu.sample.sampler", "Sampler.__call__", ("logits", "input_batch")),
+    ("vllm.v1.core.kv_cache_utils", "_gen_prompt_embeds_extra_hash_keys", ("request",)),
+    ("vllm.v1.core.kv_cache_utils", "get_kv_cache_groups", ("vllm_config",)),
+    ("vllm.entrypoints.llm", "LLM.enqueue", ("prompts",)),
+    ("vllm.v1.engine.llm_engine", "LLMEngine.step", ()),
+    ("vllm.v1.engine.llm_engine", "LLMEngine.abort_request", ("request_ids", "internal")),
+    ("vllm.entrypoints.llm", "LLM.collective_rpc", ("method",)),
+)
+"""Module, callable, and parameters that it must take by these names."""
+
+
+def missing_hooks() -> list[str]:
+    """What of `HOOKS` this vLLM does not have, by name; empty if all is there."""
+    missing = []
+    for module, name, parameters in HOOKS:
+        try:
+            found: Any = importlib.import_module(module)
+            for part in name.split("."):
+                found = getattr(found, part)
+        except (ImportError, AttributeError):
+            missing.append(f"{module}.{name}")
+            continue
+        takes = inspect.signature(found).parameters
+        missing += [f"{module}.{name}({parameter})" for parameter in parameters if parameter not in takes]
+    return missing
+
+
+def check_version(version: str | None = None) -> None:
+    """Refuse a vLLM outside the window that was read and tested."""
+    if version is None:
+        try:
+            version = importlib.metadata.version("vllm")
+        except importlib.metadata.PackageNotFoundError:
+            raise UserError("vLLM is not installed: pip install 'rl-lvr[vllm]'.") from None
+    if not OLDEST <= Version(Version(version).base_version) < BEYOND:
+        raise UserError(
+            f"vLLM {version} is outside of {OLDEST} <= version < {BEYOND}, where latents are known to work: "
+            "pip install 'rl-lvr[vllm]'."
+        )
+
+
+def check_hooks() -> None:
+    missing = missing_hooks()
+    if missing:
+        raise UserError(f"this vLLM lacks {', '.join(missing)}, which latents need: pip install 'rl-lvr[vllm]'.")
+
+
+def check_config(vllm_config: Any) -> None:
+    """Refuse settings of an engine under which latents would be lost or wrong. Runs in every worker."""
+    parallel = vllm_config.parallel_config
+
+    def refuse(wrong: bool, what: str, cure: str) -> None:
+        if wrong:
+            raise UserError(f"latents do not work with {what}: {cure}.")
+
+    refuse(
+        not vllm_config.use_v2_model_runner,
+        "vLLM's old model runner, which ignores them without a word",
+        "remove VLLM_USE_V2_MODEL_RUNNER=0, install Triton, and see vLLM's log for the setting that chose it",
+    )
+    refuse(parallel.pipeline_parallel_size > 1, "pipeline parallelism", "use tensor_parallel_size instead")
+    refuse(
+        getattr(parallel, "decode_context_parallel_size", 1) > 1
+        or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "context parallelism",
+        "set decode_context_parallel_size and prefill_context_parallel_size to 1",
+    )
+    refuse(
+        getattr(parallel, "enable_dbo", False) or getattr(parallel, "use_ubatching", False),
+        "dual batch overlap",
+        "set enable_dbo to false",
+    )
+    refuse(
+        getattr(parallel, "enable_batch_sharded_sampling", False),
+        "batch-sharded sampling",
+        "set enable_batch_sharded_sampling to false",
+    )
+    refuse(vllm_config.speculative_config is not None, "speculative decoding", "leave speculative_config out")
+    refuse(
+        vllm_config.model_config.runner_type != "generate", "pooling and embedding runs", "start the engine to generate"
+    )
+
+
+def check_embeddings(encoder_cache: Any, model_config: Any) -> None:
+    """Without input embeddings vLLM would never ask for them, and latents would be ignored in silence."""
+    if encoder_cache is None and not model_config.enable_prompt_embeds:
+        raise UserError(
+            "this engine takes token ids only, so latents could not be fed: set enable_prompt_embeds to true, or allow "
+            "at least one image in limit_mm_per_prompt."
+        )
+
+
+def check_workers(rows: Sequence[Mapping[str, Any]], markers: FormatIds) -> None:
+    """`rows` are the answers to `latent_status`. vLLM only logs it when a plugin fails in a worker."""
+    for rank, row in enumerate(rows):
+        if not row["ready"]:
+            raise UserError(
+                f"the rl-lvr plugin is not at work in vLLM's worker {rank}, which runs {row['model']}: reinstall "
+                "rl-lvr so that its entry point is found, and see that VLLM_PLUGINS, if set, names rl_lvr."
+            )
+        if tuple(row["markers"]) != (markers.start, markers.slot, markers.end):
+            raise UserError(
+                f"worker {rank} reads the marker tokens as {row['markers']}, this process as "
+                f"{[markers.start, markers.slot, markers.end]}: save the processor beside the model."
+            )

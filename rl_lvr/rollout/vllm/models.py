@@ -1,0 +1,108 @@
+"""vLLM's model classes with a latent-aware ModelState: one mixin, one line per class.
+
+vLLM also builds these classes as the language model inside a vision-language model; there, and for a model without a
+latent format, the mixin does nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.model_executor.models.interns1 import InternS1ForConditionalGeneration
+from vllm.model_executor.models.llava_onevision import LlavaOnevisionForConditionalGeneration
+from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
+from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
+from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
+
+from rl_lvr.errors import UserError
+from rl_lvr.latents.feedback import NAME, LatentFeedback
+from rl_lvr.rollout.vllm import guards
+from rl_lvr.rollout.vllm.settings import LatentSettings, settings_of
+
+
+class LatentMixin:
+    """Names the ModelState, keeps the hidden states that logits are made from, and loads the feedback module."""
+
+    latent_settings: LatentSettings | None
+    latent_hidden: Tensor
+    """[requests, H] after the final norm, in batch order: the rows of the last `compute_logits`."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        self.latent_settings = None if prefix else settings_of(vllm_config)
+        if self.latent_settings is None:
+            return
+        guards.check_config(vllm_config)
+        format_ = self.latent_settings.markers.format
+        if format_.projector != "none" or format_.norm != "none":
+            module = LatentFeedback(self.latent_settings.limits.hidden_size, format_.projector, format_.norm)
+            device = next(self.parameters()).device  # type: ignore[attr-defined]
+            self.add_module(NAME, module.to(device, vllm_config.model_config.dtype))  # type: ignore[attr-defined]
+
+    def get_model_state_cls(self) -> type:
+        from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+        from rl_lvr.rollout.vllm.state import LatentModelState, watch_preemption
+
+        if self.latent_settings is None:
+            return DefaultModelState
+        watch_preemption()
+        return LatentModelState
+
+    def compute_logits(self, hidden_states: Tensor, *args: Any, **more: Any) -> Tensor | None:
+        self.latent_hidden = hidden_states
+        return super().compute_logits(hidden_states, *args, **more)  # type: ignore[misc]
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Takes the feedback module's weights out of the stream: its top-level name is no part of the stock model."""
+        ours: dict[str, Tensor] = {}
+        loaded: set[str] = super().load_weights(_without_feedback(weights, ours))  # type: ignore[misc]
+        module = getattr(self, NAME, None)
+        if module is None:
+            return loaded
+        missing = sorted(set(module.state_dict()) - set(ours))
+        if missing:
+            raise UserError(
+                f"the weights have no {NAME}.{missing[0]}, which the latent format's projector or norm needs: save the "
+                "model with its feedback module."
+            )
+        with torch.no_grad():
+            for name, value in module.state_dict().items():
+                value.copy_(ours[name])
+        return loaded | {f"{NAME}.{name}" for name in ours}
+
+
+def _without_feedback(weights: Iterable[tuple[str, Tensor]], taken: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    for name, value in weights:
+        if name.startswith(f"{NAME}."):
+            taken[name.removeprefix(f"{NAME}.")] = value
+        else:
+            yield name, value
+
+
+class LatentQwen2_5VL(LatentMixin, Qwen2_5_VLForConditionalGeneration):  # noqa: N801 - the model's own name
+    pass
+
+
+class LatentQwen3VL(LatentMixin, Qwen3VLForConditionalGeneration):
+    pass
+
+
+class LatentInternVL(LatentMixin, InternS1ForConditionalGeneration):
+    pass
+
+
+class LatentLlavaOnevision(LatentMixin, LlavaOnevisionForConditionalGeneration):
+    pass
+
+
+class LatentQwen2(LatentMixin, Qwen2ForCausalLM):
+    pass
+
+
+class LatentQwen3(LatentMixin, Qwen3ForCausalLM):
+    pass

@@ -1,0 +1,171 @@
+"""What every process of a vLLM must know about the latents of its model: markers, limits, end tokens.
+
+It comes with the engine's configuration (`additional_config={"latent": {...}}`, which travels to every worker) or is
+read from the model folder. Without either, the plugin stays out of the way.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rl_lvr.errors import UserError
+from rl_lvr.latents.format import FormatIds, LatentFormat, get_format
+from rl_lvr.models.registry import family_class
+from rl_lvr.rollout.checks import Limits
+from rl_lvr.rollout.types import Request
+
+TEXT_ONLY = ("qwen2", "qwen3")
+"""`config.model_type` of the language models that are served without a vision family."""
+FRAMED = ("internvl",)
+MAX_LATENTS = 128
+_KEYS = ("format", "max_latents")
+
+
+@dataclass(frozen=True)
+class LatentSettings:
+    """A latent format bound to the model that a vLLM serves."""
+
+    markers: FormatIds
+    limits: Limits
+    eos: tuple[int, ...]
+    max_latents: int
+    """Room per request for the latents that it generates."""
+    text_only: bool
+    frame: tuple[int, int] | None
+    """Tokens around an image that vLLM writes by itself, beside the image tokens."""
+
+    @property
+    def thinks(self) -> bool:
+        """Whether the format generates latents at all."""
+        return self.markers.start is not None and self.markers.format.feedback == "hidden"
+
+    def history_bytes(self, requests: int, element: int) -> int:
+        """Device memory for the latents of `requests` requests, `element` bytes per number."""
+        return requests * self.max_latents * self.limits.hidden_size * element
+
+
+def as_config(format_: LatentFormat, max_latents: int) -> dict[str, Any]:
+    """The value of `additional_config` that makes `settings_of` give these settings in every worker."""
+    return {"latent": {"format": asdict(format_), "max_latents": max_latents}}
+
+
+def settings_of(vllm_config: Any) -> LatentSettings | None:
+    """The settings of an engine; None if neither its configuration nor its model folder names a latent format."""
+    model = vllm_config.model_config
+    given = (vllm_config.additional_config or {}).get("latent")
+    if given is None:
+        format_ = LatentFormat.load(model.model)
+        if format_ is None:
+            return None
+        max_latents = MAX_LATENTS
+    else:
+        format_, max_latents = _given(given)
+    return bind(
+        format_,
+        model.hf_config,
+        _tokenizer(model),
+        max_latents=max_latents,
+        max_positions=model.max_model_len,
+        generation_eos=(model.try_get_generation_config() or {}).get("eos_token_id"),
+    )
+
+
+def settings_for_folder(
+    folder: str | Path, format_: LatentFormat, tokenizer: Any, *, max_latents: int, max_positions: int
+) -> LatentSettings:
+    """What `settings_of` will find in the workers, before there are any."""
+    from transformers import AutoConfig, GenerationConfig
+
+    eos = None
+    if (Path(folder) / "generation_config.json").is_file():
+        eos = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    return bind(
+        format_,
+        config,
+        tokenizer,
+        max_latents=max_latents,
+        max_positions=max_positions,
+        generation_eos=eos,
+    )
+
+
+def bind(
+    format_: LatentFormat,
+    config: Any,
+    tokenizer: Any,
+    *,
+    max_latents: int,
+    max_positions: int,
+    generation_eos: int | list[int] | None,
+) -> LatentSettings:
+    """The settings for a model of this transformers config and tokenizer."""
+    if max_latents < 1:
+        raise UserError(f"max_latents is {max_latents}; it must be at least 1.")
+    text = config.get_text_config()
+    text_only = config.model_type in TEXT_ONLY
+    placeholders = {} if text_only else family_class(config.model_type)(config).placeholder_ids(tokenizer)
+    markers = format_.bind(tokenizer, placeholders)
+    found = [tokenizer.eos_token_id, *(generation_eos if isinstance(generation_eos, list) else [generation_eos])]
+    eos = {int(token) for token in found if token is not None}
+    if not eos:
+        raise UserError("neither the generation config nor the tokenizer names an end-of-sequence token: set one.")
+    clash = sorted(eos & set(markers.never_sampled))
+    if clash:
+        raise UserError(
+            f"token id {clash[0]} ends a sequence and is also an image or latent marker, which is never sampled: "
+            "no completion could end. Correct eos_token_id in the generation config."
+        )
+    limits = Limits(
+        hidden_size=int(text.hidden_size),
+        vocabulary=int(text.vocab_size),
+        max_positions=max_positions,
+        image_token=placeholders.get("image", -1),
+        special_ids=frozenset({*tokenizer.all_special_ids, *eos}),
+    )
+    frame = None
+    if config.model_type in FRAMED:
+        frame = placeholders["vision_start"], placeholders["vision_end"]
+    return LatentSettings(markers, limits, tuple(sorted(eos)), max_latents, text_only, frame)
+
+
+def check_room(request: Request, settings: LatentSettings) -> None:
+    """Refuse what is known beforehand to need more room than `max_latents` gives."""
+    room = settings.max_latents
+    vectors = 0 if request.vectors is None else len(request.vectors)
+    k = settings.markers.format.k if request.k is None else request.k
+    if vectors > room:
+        raise UserError(f"{vectors} vectors are more than max_latents ({room}): raise max_latents.")
+    if k > room and request.intervention.feeds_vectors and settings.markers.format.length == "fixed":
+        raise UserError(f"a span of {k} latents is longer than max_latents ({room}): raise max_latents.")
+
+
+def _given(values: Any) -> tuple[LatentFormat, int]:
+    """`format` is a preset's name or the fields of a LatentFormat."""
+    if not isinstance(values, dict) or "format" not in values:
+        raise UserError('additional_config["latent"] must be an object with the key format.')
+    for key in values:
+        if key not in _KEYS:
+            near = difflib.get_close_matches(key, _KEYS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f": it takes {', '.join(_KEYS)}."
+            raise UserError(f'additional_config["latent"] has no key {key!r}{hint}')
+    format_ = values["format"]
+    if isinstance(format_, str):
+        format_ = get_format(format_)
+    else:
+        try:
+            format_ = LatentFormat(**format_)
+        except TypeError as error:
+            raise UserError(f'additional_config["latent"]["format"] is no latent format ({error}).') from error
+    return format_, int(values.get("max_latents", MAX_LATENTS))
+
+
+def _tokenizer(model_config: Any) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(
+        model_config.tokenizer, trust_remote_code=model_config.trust_remote_code, local_files_only=True
+    )

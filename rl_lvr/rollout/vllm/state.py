@@ -1,0 +1,331 @@
+"""The latent state inside vLLM's Model Runner V2: what is forced, what is fed, what is remembered.
+
+One step: `prepare_inputs_embeds` writes the latents over the embeddings; the model runs; `before_sampling` bans what
+nobody may draw; vLLM samples; `after_sampling` writes over the tokens of spans and makes the next latents. A row is a
+request's place in the step's batch, a slot its place in the tables. Nothing in a step waits for the device, and there
+is no loop over requests unless one brings latents in its prompt or comes back from a preemption.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, replace
+from functools import wraps
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.logger import init_logger
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+from rl_lvr.errors import UserError
+from rl_lvr.latents.feedback import feedback
+from rl_lvr.latents.interventions import Intervention
+from rl_lvr.rollout.checks import check_request, starts_with_own
+from rl_lvr.rollout.spanstate import NOT_FORCED
+from rl_lvr.rollout.types import Request
+from rl_lvr.rollout.vllm import guards, wire
+from rl_lvr.rollout.vllm.history import History, Live
+from rl_lvr.rollout.vllm.sampler import LatentSampler, draw_pairs, end_or_rest, warp_pairs
+from rl_lvr.rollout.vllm.settings import LatentSettings, check_room
+from rl_lvr.rollout.vllm.slots import END, FED, FORCED, SLOT, START, SlotTables
+
+logger = init_logger("vllm.rl_lvr")
+
+
+@dataclass(frozen=True)
+class _Planted:
+    """Vectors that belong into a prefill: those of the prompt, and on a resumption the request's own."""
+
+    positions: np.ndarray
+    vectors: Tensor
+    """[n, H] on the device."""
+    end: int
+    """Tokens of the prefill."""
+
+
+@dataclass
+class Counters:
+    """What happened since the start, for tests and the self-test."""
+
+    resumed: int = 0
+    planted_rows: int = 0
+
+
+class LatentModelState(DefaultModelState):
+    """Forces SLOT and END, turns hidden states into latents, feeds them at the next step, keeps them."""
+
+    def __init__(self, vllm_config: Any, model: Any, encoder_cache: Any, device: torch.device) -> None:
+        super().__init__(vllm_config, model, encoder_cache, device)
+        guards.check_embeddings(encoder_cache, self.model_config)
+        self.settings: LatentSettings = model.latent_settings
+        markers = self.settings.markers
+        self.tables = SlotTables(self.settings, self.max_num_reqs, self.dtype, device)
+        self.history = History(self.tables, self._overflow())
+        self.counters = Counters()
+        self.leaving: tuple[frozenset[str], frozenset[str]] | None = None
+        """While the runner takes requests away: the finished and the preempted."""
+        self._planted: dict[str, _Planted] = {}
+        self._noisy: set[str] = set()
+        self._shy: set[str] = set()
+        banned = set(markers.never_sampled)
+        if markers.start is not None and not self.settings.thinks:
+            banned.add(markers.start)
+        self._banned = torch.tensor(sorted(banned), dtype=torch.long, device=device)
+        self._pairs = torch.zeros(self.max_num_reqs, 2, device=device)
+        size = self.settings.history_bytes(self.max_num_reqs, torch.finfo(self.dtype).bits // 8)
+        logger.info(
+            "Latents of format %r: %.1f MiB for %d requests x %d latents x %d (max_num_seqs, max_latents, width).",
+            markers.format.name,
+            size / 2**20,
+            self.max_num_reqs,
+            self.settings.max_latents,
+            self.settings.limits.hidden_size,
+        )
+
+    def _overflow(self) -> str:
+        room = self.settings.max_latents
+        return f"it generated more than max_latents ({room}) latents: raise max_latents, or lower max_tokens or k."
+
+    # ---- life of a request
+
+    def add_request(self, req_index: int, new_req_data: Any) -> None:
+        super().add_request(req_index, new_req_data)
+        request_id, prompt_len = new_req_data.req_id, new_req_data.prompt_len
+        ids = list(new_req_data.prefill_token_ids)
+        sampling = new_req_data.sampling_params
+        if sampling is None:
+            return
+        args, error = self._args(request_id, ids[:prompt_len], sampling)
+        room = (sampling.max_tokens or self.max_model_len) + 1
+        live = Live(
+            slot=req_index,
+            uid=args.uid,
+            prompt=prompt_len,
+            tokens=min(prompt_len + room, self.max_model_len + 1),
+            latents=min(room, self.settings.max_latents),
+            error=error,
+        )
+        if error is not None:
+            logger.error("Request %s is ended: %s", request_id, error)
+        self.history.live[request_id] = live
+        self.tables.add(req_index, args, sampling, broken=error is not None)
+        kind = args.request.intervention
+        if args.sigma or kind in (Intervention.NOISE, Intervention.UNIT_NOISE):
+            self._noisy.add(request_id)
+        if kind is Intervention.NONE:
+            self._shy.add(request_id)
+        self._plant(request_id, live, args, ids)
+
+    def _args(self, request_id: str, prompt: list[int], sampling: Any) -> tuple[wire.LatentArgs, str | None]:
+        """What the request asks for; if that is impossible, a harmless request and what is wrong."""
+        limits, markers = self.settings.limits, self.settings.markers
+        # Without a seed of its own a request still needs one that is the same on every rank and after a preemption.
+        seed = _seed_of(request_id) if sampling.seed is None else int(sampling.seed)
+        try:
+            args = wire.decode(sampling.extra_args, prompt, seed, limits.hidden_size)
+            request = args.request
+            pictures = {"in vLLM": torch.empty(0)} if limits.image_token in prompt else {}
+            check_request(request_id, replace(request, images=pictures), markers, limits)
+            check_room(request, self.settings)
+            if sampling.structured_outputs is not None and request.intervention is not Intervention.NONE:
+                raise UserError(
+                    f"latents cannot be combined with structured outputs: send {wire.INTERVENTION} = 'none', or leave "
+                    "the structure out."
+                )
+            if starts_with_own(request, markers):
+                raise UserError(
+                    "the prompt ends in a start token whose own embedding is a latent (before_start): leave that token "
+                    f"out and send {wire.OPENS} = 1."
+                )
+            return args, None
+        except UserError as error:
+            extra = sampling.extra_args or {}
+            uid = extra.get(wire.UID)
+            return wire.LatentArgs(Request(prompt, seed=seed), uid=None if uid is None else str(uid)), str(error)
+
+    def _plant(self, request_id: str, live: Live, args: wire.LatentArgs, ids: list[int]) -> None:
+        """Note what has to be written over the embeddings of this prefill."""
+        places, vectors = [], []
+        if live.error is None and args.request.prompt_latents is not None:
+            given, where = args.request.prompt_latents
+            vectors.append(given.to(self.device, self.dtype))
+            places.append(np.asarray(where))
+        parked = self.history.preempted.pop(request_id, None)
+        if parked is not None:
+            parked.wait()
+            live.uid, live.error = parked.uid, parked.error
+            own = self.tables.resume(live.slot, ids, live.prompt, parked.marks, parked.vectors)
+            self.tables.broken[live.slot] = parked.broken.to(self.device)
+            vectors.append(self.tables.history[live.slot, : len(own)].clone())
+            places.append(own.numpy())
+            self.counters.resumed += 1
+        if sum(map(len, places)):
+            self._planted[request_id] = _Planted(np.concatenate(places), torch.cat(vectors), len(ids))
+
+    def remove_request(self, req_id: str) -> None:
+        super().remove_request(req_id)
+        self._planted.pop(req_id, None)
+        self._noisy.discard(req_id)
+        self._shy.discard(req_id)
+        if self.leaving is not None:
+            finished, preempted = self.leaving
+            self.history.remove(req_id, preempted=req_id in preempted and req_id not in finished)
+        elif req_id in self.history.live:  # a streaming session sends more input: its old part ends here
+            self.history.remove(req_id, preempted=False)
+
+    # ---- before the forward: embeddings
+
+    def prepare_inputs_embeds(self, scheduled_encoder_inputs: Any, input_batch: Any, req_states: Any) -> Tensor:
+        """Write in place: the tensor is a view of the buffer that CUDA graphs read."""
+        embeds = super().prepare_inputs_embeds(scheduled_encoder_inputs, input_batch, req_states)
+        if not self.history.live:
+            return embeds
+        count = input_batch.num_reqs
+        slots = input_batch.idx_mapping[:count]
+        rows = input_batch.query_start_loc[1 : count + 1] - 1
+        fed = torch.where(self.tables.feed[slots][:, None], self.tables.next_latent[slots], embeds[rows])
+        embeds.index_copy_(0, rows.long(), fed)
+        if self._planted:
+            self._write_planted(embeds, input_batch)
+        return embeds
+
+    def _write_planted(self, embeds: Tensor, batch: Any) -> None:
+        for row, request_id in enumerate(batch.req_ids):
+            planted = self._planted.get(request_id)
+            if planted is None:
+                continue
+            computed = int(batch.num_computed_tokens_np[row])
+            begin, end = (int(x) for x in batch.query_start_loc_np[row : row + 2])
+            low, high = np.searchsorted(planted.positions, [computed, computed + end - begin])
+            if high > low:
+                places = torch.from_numpy(planted.positions[low:high] - computed + begin).to(embeds.device)
+                embeds[places] = planted.vectors[low:high]
+                self.counters.planted_rows += int(high - low)
+            if computed + end - begin >= planted.end:
+                del self._planted[request_id]
+
+    # ---- behind the forward: tokens and latents
+
+    def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
+        return LatentSampler(sampler, self), None
+
+    def before_sampling(self, logits: Tensor, batch: Any) -> None:
+        """Ban what nobody may draw, in place; first take END's decision from the logits as they are."""
+        markers, tables = self.settings.markers, self.tables
+        slots = batch.idx_mapping[: batch.num_reqs]
+        if self.settings.thinks and markers.format.length == "free" and self.history.live:
+            assert markers.end is not None
+            end_or_rest(logits, tables.span.inside[slots], markers.end, self._pairs)
+        logits.index_fill_(1, self._banned, float("-inf"))
+        if self._shy:
+            logits[:, markers.start].masked_fill_(tables.no_start[slots], float("-inf"))
+
+    def after_sampling(self, output: Any, batch: Any, prefill_len: Tensor) -> None:
+        """Write over the tokens that are not vLLM's to choose, advance every span, make the next latents."""
+        if not self.settings.thinks or not self.history.live:
+            return
+        markers, tables = self.settings.markers, self.tables
+        assert markers.start is not None
+        assert markers.end is not None
+        slots = batch.idx_mapping[: batch.num_reqs].long()
+        positions = batch.seq_lens[: batch.num_reqs].long()  # of the token that is chosen now
+        active = positions >= prefill_len[slots]  # the others are in the middle of their prompts
+
+        span = tables.span.select(slots)
+        wanted = torch.where(tables.opens[slots], markers.start, span.forced(markers))
+        forced = wanted != NOT_FORCED
+        sampled = output.sampled_token_ids[:, 0]
+        drawn = torch.where(forced, wanted, sampled)
+        logprobs = torch.zeros_like(positions, dtype=torch.float32)
+        written_over = forced
+        if markers.format.length == "free":
+            ending, pair_logprobs = self._decide(slots, positions)
+            decided = span.inside & ~forced
+            drawn = torch.where(decided, torch.where(ending == 0, markers.end, markers.slot), drawn)
+            logprobs = torch.where(decided, pair_logprobs, logprobs)
+            written_over = written_over | decided
+
+        filled = span.plain & (forced | (drawn == markers.start))
+        token = torch.where(filled, tables.filler[slots], drawn)
+        forced = forced | filled
+        counted = span.advance(drawn, markers)
+        feed = counted & tables.feeds[slots] & active
+        full = feed & (span.total > self.settings.max_latents)
+        broken = tables.broken[slots] | full
+        feed = feed & ~broken
+        token = torch.where(broken, self.settings.eos[0], token)
+        written_over = (written_over | filled | broken) & active
+
+        marks = _kinds(drawn, markers) | FORCED * forced | FED * feed
+        marks = torch.where(active, marks, tables.marks[slots, positions]).to(torch.int8)
+        tables.marks[slots, positions] = marks
+        own = feedback(self.model, self.model.latent_hidden)
+        latents = tables.choose(own, slots, positions, span.total - 1, noise=bool(self._noisy))
+        tables.next_latent.index_copy_(0, slots, latents)
+        tables.feed[slots] = feed
+        last = (span.total - 1).clamp(0, self.settings.max_latents - 1)
+        tables.history[slots, last] = torch.where(feed[:, None], latents, tables.history[slots, last])
+        tables.opens[slots] = tables.opens[slots] & ~active
+        tables.broken[slots] = broken
+        for name in ("inside", "fed", "total"):
+            table = getattr(tables.span, name)
+            table[slots] = torch.where(active, getattr(span, name), table[slots])
+        _write(output, written_over, token, logprobs)
+
+    def _decide(self, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """END (0) or another latent (1) for every row, and its log-prob. Only rows inside a span mean anything."""
+        tables = self.tables
+        temperature = tables.temperature[slots]
+        pairs = warp_pairs(
+            self._pairs[: len(slots)], temperature, tables.min_p[slots], tables.top_k[slots], tables.top_p[slots]
+        )
+        return draw_pairs(pairs, temperature == 0, tables.seeds[slots], positions)
+
+
+def _kinds(drawn: Tensor, markers: Any) -> Tensor:
+    return START * (drawn == markers.start) + SLOT * (drawn == markers.slot) + END * (drawn == markers.end)
+
+
+def _write(output: Any, rows: Tensor, token: Tensor, logprobs: Tensor) -> None:
+    """Put `token` and its log-prob into vLLM's sampler output where `rows` says so, in place."""
+    sampled = output.sampled_token_ids[:, 0]
+    sampled.copy_(torch.where(rows, token, sampled))
+    scores = output.logprobs_tensors
+    if scores is None:
+        return
+    first = scores.logprob_token_ids[:, 0]
+    first.copy_(torch.where(rows, token, first))
+    if scores.logprobs.shape[1] > 1:
+        scores.logprobs[:, 1:].masked_fill_(rows[:, None], float("-inf"))
+    scores.logprobs[:, 0].copy_(torch.where(rows, logprobs, scores.logprobs[:, 0]))
+    scores.selected_token_ranks.masked_fill_(rows, 1)
+
+
+def _seed_of(request_id: str) -> int:
+    return zlib.crc32(request_id.encode())
+
+
+def watch_preemption() -> None:
+    """Let latent states know which requests are preempted: vLLM removes those just as the finished ones."""
+    original = GPUModelRunner.finish_requests
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @wraps(original)
+    def finish_requests(self: Any, scheduler_output: Any) -> None:
+        state = self.model_state
+        if not isinstance(state, LatentModelState):
+            return original(self, scheduler_output)
+        state.leaving = (
+            frozenset(scheduler_output.finished_req_ids),
+            frozenset(scheduler_output.preempted_req_ids or ()),
+        )
+        try:
+            return original(self, scheduler_output)
+        finally:
+            state.leaving = None
+
+    GPUModelRunner.finish_requests = finish_requests
