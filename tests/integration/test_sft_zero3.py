@@ -22,7 +22,7 @@ SETTINGS: dict[str, Any] = {
     "own_latents_start": 0.0,
     "latent_projector": "mlp",
     "latent_objective": "cosine",  # a mean over latents: the mean of equal shares is the mean of the whole
-    "latent_eval_steps": 2,
+    "latent_eval_steps": 4,
     "latent_eval_samples": 4,
     "latent_eval_max_tokens": 6,
     "latent_eval_conditions": ["own", "noise"],
