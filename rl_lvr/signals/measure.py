@@ -109,7 +109,7 @@ def _inputs_at(layer: nn.Module, kept: Tensor, inputs: list[Tensor]) -> Iterator
     """Appends what enters `layer` at `kept` [B, T]: token embeddings, image features and latents, [N, H]."""
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        inputs.append(args[0][kept.to(args[0].device)].clone())
+        inputs.append(args[0][kept.to(args[0].device)])
 
     handle = layer.register_forward_pre_hook(hook)
     try:

@@ -63,6 +63,8 @@ class Probe:
         self._rows = rows.flatten().nonzero()[:, 0]
         self._positions = labelled_positions(regions.labels)
         self._shape = rows.shape
+        last = int(self._rows[-1]) if len(self._rows) else 0
+        self._checked_row = divmod(last, rows.shape[1])
         self._padded = bool((regions.sequences < 0).any()) or regions.count != len(rows)
         self._recompute, self._backend = recompute, backend
         self._layers = {reading: _indices(reading.layers, len(layers), "layer") for reading in readings}
@@ -147,9 +149,7 @@ class Probe:
         if kernel is not None and not self._recompute and len(rows):
             valid = None if sequences is None else sequences >= 0
             lse = dense_lse(kernel, (query.shape[0], query.shape[1], query.shape[2]), valid)
-            last = int(rows[-1])
-            row = (last // query.shape[2], last % query.shape[2])
-            check_lse(kernel, lse, query, key, row, sequences, sinks=kwargs.get("s_aux"), **masked)
+            check_lse(kernel, lse, query, key, self._checked_row, sequences, sinks=kwargs.get("s_aux"), **masked)
         self.kernels.add("recomputed" if lse is None or kernel is None else kernel.name)
         weights = query.new_ones(len(rows), dtype=torch.float32)
         for reading in readings:

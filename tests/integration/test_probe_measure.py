@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -360,6 +360,36 @@ def test_parameters_are_passed_on(qwen):
     }
     for name, value in wanted.items():
         assert columns[name].values[0] == pytest.approx(value, abs=1e-4), name
+
+
+def test_a_trainers_padding(qwen):
+    """Prompts padded on the left, completions on the right, as TRL has them."""
+    markers = qwen.engine(VARIANTS["lvr"]).markers
+    start, slot, end, word = markers.start, markers.slot, markers.end, qwen.tokenizer.convert_tokens_to_ids("red")
+    completions = [[word, start, slot, end, word, word], [start, slot, slot, end, word], [word]]
+    rollouts, images = by_hand(qwen, markers, completions)
+    batch = replay_batch(qwen.model, rollouts, images)
+    prompts, width = [len(rollout.prompt_ids) for rollout in rollouts], max(map(len, completions))
+    longest = max(prompts)
+    shift = [longest - prompt for prompt in prompts]
+    ids, mask = torch.zeros(3, longest + width).long(), torch.zeros(3, longest + width).long()
+    for row, rollout in enumerate(rollouts):
+        here = slice(shift[row], shift[row] + len(rollout.ids))
+        ids[row, here], mask[row, here] = torch.tensor(rollout.ids), 1
+    mixed = replace(
+        batch,
+        ids=ids,
+        mask=mask,
+        completion=mask.bool() & (torch.arange(longest + width) >= longest),
+        latents=batch.latents.shifted(torch.tensor(shift)),
+    )
+    specs = parse_signals([*SIGNALS, {"attention_mass": {"per": "token", "name": "tokens"}}])
+    theirs, ours = (measure(qwen.model, b, markers, specs).columns for b in (mixed, batch))
+    for name in SIGNALS:
+        assert theirs[name].counts == ours[name].counts
+        assert theirs[name].values == pytest.approx(ours[name].values, abs=1e-4), name
+    for row in range(3):
+        assert theirs["tokens"].values[row] == pytest.approx(ours["tokens"].values[row], abs=1e-5)
 
 
 def test_peft_head(load_tiny):
