@@ -1,0 +1,11 @@
+"""A flat bonus for latents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def presence(spans: Sequence[Sequence[Mapping[str, Any]]], *, value: float = 0.5, **_: Any) -> list[float]:
+    """`value` for a completion with a closed span that was fed at least one latent, else 0 (paper B's flat bonus)."""
+    return [value if any(s["status"] == "closed" and s["latents"] > 0 for s in row) else 0.0 for row in spans]
