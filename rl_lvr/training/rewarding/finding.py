@@ -1,0 +1,123 @@
+"""Where a reward comes from: an entry point, `package.module:function`, or `path/file.py:function`."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rl_lvr.errors import UserError
+
+GROUP = "rl_lvr.rewards"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A reward before its options: a function, or a class that is constructed with them and then called."""
+
+    name: str
+    """The short name that logs use unless the recipe gives another."""
+    where: str
+    """For people: the module and who installed it, or the file."""
+    target: Callable[..., Any]
+
+
+def installed() -> dict[str, list[EntryPoint]]:
+    """Rewards of all installed packages by name; more than one where packages use the same name."""
+    found: dict[str, list[EntryPoint]] = {}
+    for point in sorted(entry_points(group=GROUP), key=lambda p: (p.name, p.value)):
+        # An editable package that is also on the path is seen twice.
+        if all(point.value != other.value for other in found.setdefault(point.name, [])):
+            found[point.name].append(point)
+    return found
+
+
+def find(reference: str) -> Found:
+    """The reward that a recipe names."""
+    place, colon, attribute = reference.rpartition(":")
+    if not colon:
+        return _from_entry_point(reference)
+    if not place or not attribute.isidentifier():
+        raise UserError(f"reward {reference!r} is not of the form package.module:function or path/file.py:function.")
+    if place.endswith(".py") or "/" in place:
+        module, where = _module_of_file(reference, Path(place)), place
+    else:
+        module, where = _module(reference, place), place
+    return Found(attribute, f"{where}:{attribute}", _attribute(reference, module, attribute))
+
+
+def load_entry_point(point: EntryPoint) -> Found:
+    """The reward behind one entry point."""
+    owner = f"{point.dist.name} {point.dist.version}" if point.dist is not None else "an unknown package"
+    reference = f"{point.name} ({point.value}, from {owner})"
+    module = _module(reference, point.module)
+    return Found(point.name, f"{point.value} ({owner})", _attribute(reference, module, point.attr))
+
+
+def _from_entry_point(name: str) -> Found:
+    known = installed()
+    points = known.get(name, [])
+    if len(points) > 1:
+        raise UserError(
+            f"{len(points)} installed packages have a reward {name!r}: write {' or '.join(p.value for p in points)}."
+        )
+    if points:
+        return load_entry_point(points[0])
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    raise UserError(
+        f"no reward {name!r}{hint} Installed: {', '.join(known) or 'none'}. "
+        "Your own is named package.module:function or path/file.py:function."
+    )
+
+
+def _module(reference: str, name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (name + ".").startswith(error.name + "."):
+            raise UserError(
+                f"reward {reference!r}: there is no module {error.name!r}; install its package, or name its file."
+            ) from error
+        raise UserError(f"reward {reference!r} needs the module {error.name!r}: install it.") from error
+    except Exception as error:  # a user's module may fail in any way while it is imported
+        raise UserError(f"reward {reference!r}: importing {name} failed ({type(error).__name__}: {error}).") from error
+
+
+def _module_of_file(reference: str, path: Path) -> ModuleType:
+    if not path.is_file():
+        raise UserError(f"reward {reference!r}: there is no file {path}.")
+    resolved = path.resolve()
+    name = f"{resolved.stem}_{hashlib.sha256(str(resolved).encode()).hexdigest()[:12]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, resolved)
+    if spec is None or spec.loader is None:
+        raise UserError(f"reward {reference!r}: {path} is no Python file.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # as above
+        del sys.modules[name]
+        raise UserError(f"reward {reference!r}: {path} failed ({type(error).__name__}: {error}).") from error
+    return module
+
+
+def _attribute(reference: str, module: ModuleType, name: str) -> Callable[..., Any]:
+    target = getattr(module, name, None)
+    if callable(target):
+        return target
+    if target is not None:
+        raise UserError(f"reward {reference!r}: {name} is a {type(target).__name__}, not a function.")
+    near = difflib.get_close_matches(name, [n for n, v in vars(module).items() if callable(v)], n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    raise UserError(f"reward {reference!r}: there is no {name!r} in it{hint}")

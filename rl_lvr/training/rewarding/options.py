@@ -1,0 +1,102 @@
+"""The options of a reward: what a recipe may set, and whether what it sets fits."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import types
+from collections.abc import Callable, Mapping, Sequence
+from inspect import Parameter
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from rl_lvr.errors import UserError
+
+FROM_TRAINER = frozenset(
+    ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
+)
+"""Arguments that are never columns of the data."""
+_PLAIN = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+
+
+def with_options(target: Callable[..., Any], given: Mapping[str, Any], reward: str) -> Callable[..., Any]:
+    """The reward with its options: a function with them bound, or an object of a class constructed with them."""
+    known = options_of(target)
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise UserError(f"reward {reward!r} has no option {name!r}{hint} Options: {', '.join(known) or 'none'}.")
+    missing = [n for n, p in known.items() if inspect.isclass(target) and p.default is p.empty and n not in given]
+    if missing:
+        raise UserError(f"reward {reward!r} needs the option {missing[0]!r}: write it below options.")
+    hints = _hints(target)
+    values = {name: _checked(f"reward {reward!r}: {name}", given[name], hints.get(name, Any)) for name in given}
+    if not inspect.isclass(target):
+        return functools.partial(target, **values) if values else target
+    try:
+        built: Any = target(**values)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"reward {reward!r}: {error}") from error
+    if not callable(built):
+        raise UserError(f"reward {reward!r} is a class whose objects cannot be called: give it __call__.")
+    return built
+
+
+def options_of(target: Callable[..., Any]) -> dict[str, Parameter]:
+    """What a recipe may set: a class's own arguments; of a function those behind `*`, and others with a default."""
+    parameters = inspect.signature(target).parameters.values()
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if inspect.isclass(target):
+        return {p.name: p for p in named}
+    signals = signal_names(getattr(target, "signals", ()))
+    return {
+        p.name: p
+        for p in named
+        if p.name not in FROM_TRAINER
+        and p.name not in signals
+        and (p.kind is p.KEYWORD_ONLY or p.default is not p.empty)
+    }
+
+
+def signal_names(signals: Sequence[Any]) -> set[str]:
+    """The columns that signals arrive in: their names, or the names that their parameters give them."""
+    names = set()
+    for entry in signals:
+        if isinstance(entry, str):
+            names.add(entry)
+        elif isinstance(entry, Mapping) and len(entry) == 1:
+            ((name, parameters),) = entry.items()
+            renamed = parameters.get("name") if isinstance(parameters, Mapping) else None
+            names.add(str(renamed or name))
+    return names
+
+
+def _hints(target: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except (NameError, TypeError, AttributeError):
+        return {}  # annotations of a user's function need not be evaluable; its values then pass as they are
+
+
+def _checked(what: str, value: Any, hint: Any) -> Any:
+    """`value`, if it fits the annotation; annotations other than plain types and choices of them say nothing."""
+    if get_origin(hint) is Literal:
+        allowed = get_args(hint)
+        if value not in allowed:
+            near = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1)
+            hint_ = f"; did you mean {near[0]!r}?" if near else "."
+            raise UserError(f"{what} is {value!r}{hint_} Choices: {', '.join(map(str, allowed))}.")
+        return value
+    if get_origin(hint) in (Union, types.UnionType):
+        members = get_args(hint)
+        if value is None and type(None) in members:
+            return None
+        rest = [member for member in members if member is not type(None)]
+        return _checked(what, value, rest[0]) if len(rest) == 1 else value
+    if hint not in _PLAIN:
+        return value
+    fits = isinstance(value, hint) or (hint is float and isinstance(value, int))
+    if not fits or (isinstance(value, bool) and hint is not bool):
+        raise UserError(f"{what} is {value!r}; it must be {_PLAIN[hint]}.")
+    return float(value) if hint is float else value
