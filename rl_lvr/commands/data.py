@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from rl_lvr.errors import UserError
+from rl_lvr.printable import printable
 
 if TYPE_CHECKING:
     from rl_lvr.data.check import Report
@@ -89,11 +90,11 @@ def _check(args: argparse.Namespace) -> int:
         print(json.dumps(report.to_json()))
     else:
         for finding in report.findings:
-            print(_printable(str(finding)))
+            print(printable(str(finding)))
         hidden = report.total_findings - len(report.findings)
         if hidden:
             print(f"... and {hidden} more findings (--max-errors shows more)")
-        print(_printable(_summary(report)))
+        print(printable(_summary(report)))
     return 0 if report.ok else 2
 
 
@@ -108,11 +109,6 @@ def _summary(report: Report) -> str:
     total = report.total_findings
     lines.append("no findings" if report.ok else f"{total} finding{'s' if total > 1 else ''}")
     return "\n".join(lines)
-
-
-def _printable(text: str) -> str:
-    """Data may hold control characters, and a terminal would obey them."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def _some(items: list[str], count: int = 8) -> str:
@@ -141,7 +137,7 @@ def _show(args: argparse.Namespace) -> int:
     if not -len(records) <= args.index < len(records):
         raise UserError(f"{args.file} has {len(records)} records: --index {args.index} is outside.")
     record = records[args.index]
-    print(_printable("\n".join(_describe(record))))
+    print(printable("\n".join(_describe(record))))
     if args.image is not None:
         from rl_lvr.data.picture import draw_record
 
