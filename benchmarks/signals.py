@@ -188,21 +188,15 @@ def peak_of_one(folder: Path, length: int, side: str) -> int:
     return peak
 
 
-def peaks(folder: Path, length: int, threads: int, repeats: int = 3) -> dict[str, float]:
-    """Median peak of each side in bytes, each in a fresh process."""
-    found: dict[str, float] = {}
+def peaks(folder: Path, length: int, threads: int) -> dict[str, int]:
+    """Peak of each side in bytes, each in a fresh process."""
     # Every tensor gets pages of its own and gives them back: else the heap's holes count, and differ from run to run.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
+    command = [sys.executable, __file__, "--folder", str(folder), "--threads", str(threads), "--lengths", str(length)]
+    found = {}
     for side in ("unarmed", "armed", "eager"):
-        command = [sys.executable, __file__, "--one", side, "--folder", str(folder), "--threads", str(threads)]
-        times = 1 if side == "eager" else repeats
-        outputs = [
-            subprocess.run(
-                [*command, "--lengths", str(length)], check=True, capture_output=True, text=True, env=environment
-            ).stdout
-            for _ in range(times)
-        ]
-        found[side] = statistics.median(int(output.split()[-1]) for output in outputs)
+        answer = subprocess.run([*command, "--one", side], check=True, capture_output=True, text=True, env=environment)
+        found[side] = int(answer.stdout.split()[-1])
     return found
 
 

@@ -1,7 +1,7 @@
 """Signals: numbers about what a model does with its latents, from one forward pass. Import from here."""
 
 from rl_lvr.signals.forward import Column
-from rl_lvr.signals.measure import Measured, measure
+from rl_lvr.signals.measuring import Measured, measure
 from rl_lvr.signals.probe import Probe, Reading
 from rl_lvr.signals.regions import Regions, find_regions
 from rl_lvr.signals.specs import SIGNALS, SignalSpec, parse_signals
