@@ -78,7 +78,7 @@ def letter(text: str) -> str | None:
 
 
 def number(text: str) -> Fraction | None:
-    """The last number in `text`, exactly: 1,234.5, 3/4, 1e-3 of up to 30 digits; units and percent signs do not count."""
+    """The last number in `text`, exactly: 1,234.5, 3/4, 1e-3. Units and percent signs do not count."""
     found = _NUMBER.findall(text)
     if not found:
         return None
