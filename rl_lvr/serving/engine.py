@@ -1,0 +1,163 @@
+"""vLLM's asynchronous engine with one gate in front: whatever route a request came by, its latent part is checked here.
+
+Its latents are fetched here as well, at its end or when its client is gone, so that workers keep nothing.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.exceptions import VLLMValidationError
+from vllm.renderers.inputs.preprocess import parse_model_prompt
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from rl_lvr.errors import UserError
+from rl_lvr.rollout.vllm import guards, wire
+from rl_lvr.rollout.vllm.calls import Answer, checked_args, marks_of, vectors_of
+from rl_lvr.rollout.vllm.settings import LatentSettings, settings_of
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """The latents of one completion as the worker sends them (`history.Latents`)."""
+
+    vectors: bytes
+    marks: bytes
+    error: str | None
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A request that has ended, and the latents of each of its completions."""
+
+    output: Any
+    """vLLM's RequestOutput."""
+    latents: list[Fetched]
+
+    def answer(self, index: int, dtype: torch.dtype, width: int) -> Answer:
+        """Completion `index`; its log-probs, if it has any, are those of the drawn tokens."""
+        completion, fetched = self.output.outputs[index], self.latents[index]
+        tokens = list(completion.token_ids)
+        rows = completion.logprobs or []
+        return Answer(
+            prompt_ids=self.output.prompt_token_ids,
+            token_ids=tokens,
+            logprobs=torch.tensor([row[token].logprob for row, token in zip(rows, tokens, strict=False)]),
+            finish_reason=completion.finish_reason,
+            stop_reason=completion.stop_reason,
+            vectors=vectors_of(fetched.vectors, dtype, width),
+            marks=marks_of(fetched.marks)[: len(self.output.prompt_token_ids) + len(tokens)],
+        )
+
+
+wanted: ContextVar[list[Finished] | None] = ContextVar("wanted", default=None)
+"""Set by a handler that returns latents: the engine adds every request that ends within it."""
+
+
+class LatentAsyncLLM(AsyncLLM):
+    """AsyncLLM of a model with latents."""
+
+    def __init__(self, vllm_config: Any, *args: Any, **more: Any) -> None:
+        settings = settings_of(vllm_config)
+        if settings is None:
+            raise UserError(
+                f"{vllm_config.model_config.model} does not say which latent format it was trained with: name one "
+                "with --format."
+            )
+        guards.check_config(vllm_config)
+        if vllm_config.parallel_config.data_parallel_size > 1:
+            raise UserError("one server cannot hold latents of several replicas: start a server for each instead.")
+        self.settings: LatentSettings = settings
+        self.died: bool | None = None
+        """Whether vLLM was broken already when it was first told to stop."""
+        super().__init__(vllm_config, *args, **more)
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        if self.died is None and hasattr(self, "engine_core"):
+            self.died = self.errored
+        super().shutdown(timeout)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.vllm_config.model_config.dtype
+
+    @property
+    def width(self) -> int:
+        return self.settings.limits.hidden_size
+
+    async def generate(
+        self, prompt: Any, sampling_params: Any, request_id: str, **more: Any
+    ) -> AsyncGenerator[Any, None]:
+        """A latent request that cannot be run, or needs more room than there is, is a VLLMValidationError (400)."""
+        args = self._checked(prompt, sampling_params, request_id)
+        kept = wanted.get()
+        if kept is None and not self._may_overflow(args, sampling_params):
+            async with aclosing(super().generate(prompt, sampling_params, request_id, **more)) as outputs:
+                async for output in outputs:
+                    yield output
+            return
+        uid = uuid.uuid4().hex
+        params = sampling_params.clone()
+        params.extra_args = {**(params.extra_args or {}), wire.UID: uid}
+        fetched = False
+        try:
+            async with aclosing(super().generate(prompt, params, request_id, **more)) as outputs:
+                async for output in outputs:
+                    if output.finished:
+                        fetched = True
+                        rows = await self.fetch(uid)
+                        if kept is not None:
+                            kept.append(Finished(output, rows))
+                        for row in rows:
+                            if row.error is not None:
+                                raise VLLMValidationError(f"request {request_id}: {row.error}")
+                    yield output
+        finally:
+            if not fetched:
+                await self.fetch(uid)
+
+    async def rendered(self, prompt: dict[str, Any]) -> Any:
+        """A prompt of token ids and images as vLLM's own routes hand it on: expanded and checked."""
+        (rendered,) = await self.renderer.render_cmpl_async([parse_model_prompt(self.model_config, prompt)])
+        return rendered
+
+    def _checked(self, prompt: Any, params: Any, request_id: str) -> wire.LatentArgs:
+        ids = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else None
+        if ids is None:
+            raise VLLMValidationError("latents need a prompt of tokens: send text, messages or token ids.")
+        extra = params.extra_args or {}
+        if wire.UID in extra:
+            raise VLLMValidationError(f"{wire.UID} is the server's own: ask for latents with return_latents instead.")
+        try:
+            args = checked_args(request_id, extra, ids, params.seed or 0, self.settings)
+        except UserError as error:
+            raise VLLMValidationError(str(error)) from error
+        if params.structured_outputs is not None and args.request.intervention.value != "none":
+            raise VLLMValidationError(
+                f"latents cannot be combined with structured outputs: send {wire.INTERVENTION} = 'none', or leave the "
+                "structure out."
+            )
+        return args
+
+    def _may_overflow(self, args: wire.LatentArgs, params: Any) -> bool:
+        """Whether a worker might have to cut this request off for want of room, which only a fetch can tell."""
+        if not self.settings.thinks or not args.request.intervention.feeds_vectors:
+            return False
+        return params.max_tokens is None or params.max_tokens > self.settings.max_latents
+
+    async def fetch(self, uid: str) -> list[Fetched]:
+        """The latents of a uid, once, in the order of its completions; what is still running has no uid afterwards."""
+        rows = (await self.collective_rpc("latent_pop", args=([uid],)))[0][uid]
+        return [Fetched(vectors, marks, error) for _, _, vectors, marks, error in rows]
+
+    async def status(self) -> list[dict[str, Any]]:
+        """Of every worker; UserError if the plugin is not at work in one."""
+        rows = await self.collective_rpc("latent_status")
+        guards.check_workers(rows, self.settings.markers)
+        return rows

@@ -1,0 +1,252 @@
+"""Starts the server: vLLM's arguments, its engine with the plugin checked, its app with our routes, and a clean end."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from rl_lvr.errors import UserError
+
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """What `rl-lvr serve` itself understands; the rest are vLLM's own flags."""
+
+    model: str
+    format: str | None = None
+    k: int | None = None
+    max_latents: int | None = None
+    host: str = LOOPBACK
+    port: int = 8000
+
+
+def serve(options: ServeOptions, flags: Sequence[str]) -> int:
+    """Run until interrupted. What can be refused without vLLM is refused before it is imported."""
+    with bound_socket(options.host, options.port) as sock:
+        say(f"loading vLLM for {options.model} ...")
+        arguments = vllm_arguments(options, flags)
+        try:
+            return asyncio.run(_run(arguments, sock))
+        except asyncio.CancelledError:  # the signal came while the engine was being waited for
+            raise KeyboardInterrupt from None
+
+
+def say(sentence: str) -> None:
+    print(f"rl-lvr: {sentence}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def bound_socket(host: str, port: int) -> Any:
+    """A socket of this address, taken before minutes are spent on a model."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (socket.gaierror, OverflowError) as error:
+        raise UserError(f"{host!r}, port {port} is no address ({error}): see --host and --port.") from error
+    with socket.socket(family, kind) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind(address)
+        except OSError as error:
+            raise UserError(
+                f"port {port} of {host} cannot be had ({error.strerror}): choose another with --port, or stop the "
+                "program that holds it."
+            ) from error
+        yield sock
+
+
+# ---- arguments
+
+
+def vllm_arguments(options: ServeOptions, flags: Sequence[str]) -> Any:
+    """The arguments of `vllm serve` with those that latents need."""
+    from rl_lvr.latents.format import LatentFormat, choose_format
+    from rl_lvr.models.loading import checkpoint_folder
+    from rl_lvr.rollout.vllm import guards
+    from rl_lvr.rollout.vllm.settings import MAX_LATENTS, TEXT_ONLY, as_config
+    from rl_lvr.rollout.vllm.worker import EXTENSION
+
+    guards.check_version()
+    folder = checkpoint_folder(options.model)
+    changes = {} if options.k is None else {"k": options.k}
+    format_ = choose_format(options.format, LatentFormat.load(folder), folder, **changes)
+    max_latents = MAX_LATENTS if options.max_latents is None else options.max_latents
+    if max_latents < 1:
+        raise UserError(f"max_latents is {max_latents}; it must be at least 1.")
+    arguments = _parse([str(folder), *flags])
+    _refuse(arguments, options)
+    from transformers import AutoConfig
+
+    arguments.model = str(folder)
+    arguments.served_model_name = arguments.served_model_name or [options.model]
+    arguments.host, arguments.port = options.host, options.port
+    arguments.logprobs_mode = "processed_logprobs"
+    arguments.worker_extension_cls = EXTENSION
+    arguments.additional_config = {**(arguments.additional_config or {}), **as_config(format_, max_latents)}
+    if AutoConfig.from_pretrained(folder, local_files_only=True).model_type in TEXT_ONLY:
+        arguments.enable_prompt_embeds = True
+    return arguments
+
+
+def _parse(flags: Sequence[str]) -> Any:
+    from rl_lvr.rollout.vllm import guards
+
+    guards.check_hooks()
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    arguments = make_arg_parser(FlexibleArgumentParser(prog="rl-lvr serve")).parse_args(list(flags))
+    try:
+        validate_parsed_serve_args(arguments)
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error).removeprefix("Error: ")) from error
+    return arguments
+
+
+def _refuse(arguments: Any, options: ServeOptions) -> None:
+    import vllm.envs as envs
+
+    for name, unset in (
+        ("grpc", False),
+        ("headless", False),
+        ("uds", None),
+        ("api_server_count", None),
+        ("worker_extension_cls", ""),
+    ):
+        if getattr(arguments, name) != unset:
+            raise UserError(f"--{name.replace('_', '-')} cannot be used here: leave it out.")
+    if "latent" in (arguments.additional_config or {}):
+        raise UserError("leave 'latent' out of --additional-config: use --format and --max-latents.")
+    if envs.VLLM_SERVER_DEV_MODE and options.host != LOOPBACK:
+        raise UserError(
+            f"VLLM_SERVER_DEV_MODE is set and would let anybody who reaches {options.host} run code here: unset it, or "
+            f"serve {LOOPBACK} only."
+        )
+
+
+# ---- life
+
+
+async def _run(arguments: Any, sock: socket.socket) -> int:
+    import vllm.envs as envs
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.entrypoints.launchers.app import build_app
+    from vllm.entrypoints.launchers.launcher import serve_http, validate_api_server_args
+    from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
+    from vllm.utils.system_utils import set_ulimit
+
+    from rl_lvr.serving.routes import attach
+
+    # asyncio only notes an interrupt until the next await, and loading a model is one long step.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    began = time.monotonic()
+    validate_api_server_args(arguments)
+    set_ulimit()
+    engine = await _engine(arguments)
+    try:
+        tasks = await engine.get_supported_tasks()
+        app = build_app(arguments, tasks, engine.model_config)
+        await init_app_state(engine, app.state, arguments, tasks)
+        attach(app)
+        format_, host = engine.settings.markers.format, arguments.host
+        shown = f"[{host}]" if ":" in host else host
+        say(
+            f"ready after {time.monotonic() - began:.0f} s at http://{shown}:{arguments.port} (latent format "
+            f"{format_.name!r}, k {format_.k}, {format_.length} length); Ctrl-C ends it."
+        )
+        log_config = get_uvicorn_log_config(arguments)
+        ending = await serve_http(
+            app,
+            sock=sock,
+            enable_ssl_refresh=arguments.enable_ssl_refresh,
+            host=host,
+            port=arguments.port,
+            log_level=arguments.uvicorn_log_level,
+            access_log=not arguments.disable_uvicorn_access_log,
+            timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
+            ssl_keyfile=arguments.ssl_keyfile,
+            ssl_certfile=arguments.ssl_certfile,
+            ssl_ca_certs=arguments.ssl_ca_certs,
+            ssl_cert_reqs=arguments.ssl_cert_reqs,
+            ssl_ciphers=arguments.ssl_ciphers,
+            h11_max_incomplete_event_size=arguments.h11_max_incomplete_event_size,
+            h11_max_header_count=arguments.h11_max_header_count,
+            **({} if log_config is None else {"log_config": log_config}),
+        )
+    finally:
+        engine.shutdown()
+    await ending
+    if engine.died:
+        raise UserError("vLLM has stopped working, its own message is above: start the server again.")
+    say("ended.")
+    return 0
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+async def _engine(arguments: Any) -> Any:
+    """vLLM with latents that have been seen to work in every worker."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    from rl_lvr.serving.engine import LatentAsyncLLM
+
+    try:
+        config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config(UsageContext.OPENAI_API_SERVER)
+    except ValueError as error:
+        raise UserError(f"vLLM refuses these settings: {str(error).strip()}") from error
+    say("starting the engine and reading the weights; this takes seconds to minutes ...")
+    try:
+        engine = LatentAsyncLLM.from_vllm_config(
+            config,
+            usage_context=UsageContext.OPENAI_API_SERVER,
+            enable_log_requests=arguments.enable_log_requests,
+            disable_log_stats=arguments.disable_log_stats,
+        )
+    except RuntimeError as error:  # vLLM's word for whatever went wrong in the engine's process
+        raise UserError("vLLM could not start with this model; its own message is above.") from error
+    try:
+        await engine.reset_mm_cache()  # the dummy inputs of the start
+        await engine.status()
+        say("checking that latents reach the model ...")
+        await asyncio.to_thread(_self_test, engine, asyncio.get_running_loop())
+    except BaseException:
+        engine.shutdown()
+        raise
+    return engine
+
+
+class _Blocking:
+    """What `selftest.run` needs of a vLLM, for a thread beside the engine's event loop."""
+
+    def __init__(self, engine: Any, loop: asyncio.AbstractEventLoop) -> None:
+        self._engine, self._loop = engine, loop
+
+    def collective_rpc(self, method: str) -> list[Any]:
+        return asyncio.run_coroutine_threadsafe(self._engine.collective_rpc(method), self._loop).result()
+
+    def generate(self, prompts: list[Any], params: Any, use_tqdm: bool) -> None:
+        asyncio.run_coroutine_threadsafe(self._generate(prompts, params), self._loop).result()
+
+    async def _generate(self, prompts: list[Any], params: Any) -> None:
+        for prompt in prompts:
+            async for _ in self._engine.generate(await self._engine.rendered(prompt), params, str(uuid.uuid4())):
+                pass
+
+
+def _self_test(engine: Any, loop: asyncio.AbstractEventLoop) -> None:
+    from rl_lvr.rollout.vllm import selftest
+
+    selftest.run(_Blocking(engine, loop), engine.settings)

@@ -1,0 +1,152 @@
+"""What is added to vLLM's app: two routes of our own, and latents in the answers of vLLM's where they are asked for."""
+
+from __future__ import annotations
+
+import functools
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict
+from vllm import SamplingParams
+from vllm.entrypoints.serve.utils.api_utils import with_cancellation
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from rl_lvr.errors import UserError
+from rl_lvr.rollout.server import protocol
+from rl_lvr.rollout.vllm import wire
+from rl_lvr.rollout.vllm.calls import Answer
+from rl_lvr.rollout.vllm.slots import FED
+from rl_lvr.serving.engine import Finished, LatentAsyncLLM, wanted
+
+RETURN = "return_latents"
+"""Field of a completion or chat request."""
+
+router = APIRouter()
+
+
+def attach(app: FastAPI) -> None:
+    """Add the routes; the state of `app` is ready."""
+    app.include_router(router)
+    engine, state = app.state.engine_client, app.state
+    # On the handler objects that vLLM made, because its routes look them up in the state and take no hook.
+    completion, chat = state.openai_serving_completion, state.openai_serving_chat
+    completion.create_completion = returning(engine, completion.create_completion)
+    chat.create_chat_completion = returning(engine, chat.create_chat_completion)
+
+
+# ---- our own routes
+
+
+@router.get(protocol.STATUS)
+async def status(raw_request: Request) -> JSONResponse:
+    """What is served, and whether latents work in every worker: 503 if not."""
+    engine: LatentAsyncLLM = raw_request.app.state.engine_client
+    try:
+        await engine.check_health()
+        workers = await engine.status()
+    except (EngineDeadError, UserError) as error:
+        message = str(error) or "vLLM has stopped working: start the server again."
+        return JSONResponse({"ready": False, "error": {"message": message, "code": 503}}, status_code=503)
+    about = {
+        "ready": True,
+        "version": protocol.VERSION,
+        "model": raw_request.app.state.openai_serving_models.base_model_paths[0].name,
+        "settings": protocol.settings_to_json(engine.settings),
+        "workers": [{name: worker[name] for name in ("tables", "counters")} for worker in workers],
+    }
+    return JSONResponse(about)
+
+
+class Call(BaseModel):
+    """The body of a rollout call: token ids, images, and the sampling that `calls.sampling_fields` makes."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt_token_ids: list[int]
+    pictures: list[str] = []
+    sampling_params: dict[str, Any]
+
+
+@router.post(protocol.ROLLOUT)
+@with_cancellation
+async def rollout(call: Call, raw_request: Request) -> JSONResponse:
+    """One completion with everything that a `Rollout` holds."""
+    engine: LatentAsyncLLM = raw_request.app.state.engine_client
+    params = _params(call.sampling_params)
+    try:
+        prompt: dict[str, Any] = {"prompt_token_ids": call.prompt_token_ids}
+        if call.pictures:
+            prompt["multi_modal_data"] = {"image": protocol.pictures_from_json(call.pictures)}
+    except UserError as error:
+        raise VLLMValidationError(str(error)) from error
+    rendered = await engine.rendered(prompt)
+    found: list[Finished] = []
+    wanted.set(found)
+    async for _ in engine.generate(rendered, params, f"rollout-{uuid.uuid4().hex}"):
+        pass
+    return JSONResponse(protocol.answer_to_json(found[0].answer(0, engine.dtype, engine.width)))
+
+
+def _params(fields: dict[str, Any]) -> SamplingParams:
+    for name in fields:
+        if name not in protocol.SAMPLING_FIELDS:
+            raise VLLMValidationError(
+                f"{protocol.SAMPLING} has no field {name!r} here: it takes {', '.join(protocol.SAMPLING_FIELDS)}."
+            )
+    try:
+        return SamplingParams(**fields, output_kind=RequestOutputKind.FINAL_ONLY)
+    except (TypeError, ValueError) as error:
+        raise VLLMValidationError(f"{protocol.SAMPLING}: {error}") from error
+
+
+# ---- vLLM's routes
+
+
+def returning(engine: LatentAsyncLLM, handler: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """`handler` of vLLM, which then puts `latents` into every choice of a request with `return_latents`."""
+
+    @functools.wraps(handler)
+    async def handle(request: Any, raw_request: Request | None = None) -> Any:
+        asked = _asked(request)
+        if not asked:
+            return await handler(request, raw_request)
+        found: list[Finished] = []
+        token = wanted.set(found)
+        try:
+            response = await handler(request, raw_request)
+        finally:
+            wanted.reset(token)
+        for choice in getattr(response, "choices", ()):
+            choice.latents = _latents(found[0].answer(choice.index, engine.dtype, engine.width))
+        return response
+
+    return handle
+
+
+def _asked(request: Any) -> bool:
+    """Whether latents are to be returned; faults of the request that vLLM would overlook are refused."""
+    extra = request.model_extra or {}
+    for name in extra:
+        if name in wire.KEYS:
+            raise VLLMValidationError(f"{name} belongs into vllm_xargs, or it would be overlooked.")
+    asked = extra.get(RETURN, False)
+    if not isinstance(asked, bool):
+        raise VLLMValidationError(f"{RETURN} is {asked!r}; it must be true or false.")
+    if asked and request.stream:
+        raise VLLMValidationError(f"{RETURN} goes with whole answers: leave stream out.")
+    prompt = getattr(request, "prompt", None)
+    if asked and isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int):
+        raise VLLMValidationError(f"{RETURN} goes with one prompt per request: send the {len(prompt)} prompts singly.")
+    return asked
+
+
+def _latents(answer: Answer) -> dict[str, Any]:
+    """What a client finds in a choice. Positions count from the first token of the prompt."""
+    positions = (answer.marks & FED).nonzero()[:, 0].tolist()
+    vectors = answer.vectors[: len(positions)]
+    return {"vectors": wire.to_text(vectors), "width": vectors.shape[1], "positions": positions}
