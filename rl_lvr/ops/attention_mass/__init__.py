@@ -11,12 +11,14 @@ from rl_lvr.ops.attention_mass.api import (
     attention_mass_reduced,
     log_sum_exp,
 )
+from rl_lvr.ops.attention_mass.flash import attention_mass_flash
 from rl_lvr.ops.attention_mass.problem import labelled_positions
 
 __all__ = [
     "Reduced",
     "attention_entropy",
     "attention_mass",
+    "attention_mass_flash",
     "attention_mass_reduced",
     "labelled_positions",
     "log_sum_exp",

@@ -71,7 +71,7 @@ def sum_by_label(p, label, regions, BLOCK_R: tl.constexpr):
     """p [BLOCK_Q, BLOCK_K] -> [BLOCK_Q, BLOCK_R]. A product with one-hot columns would round p or spill registers."""
     r = tl.arange(0, BLOCK_R)
     out = tl.zeros([p.shape[0], BLOCK_R], tl.float32)
-    for region in range(0, regions):
+    for region in range(regions):
         share = tl.sum(tl.where((label == region)[None, :], p, 0.0), axis=1)
         out += tl.where((r == region)[None, :], share[:, None], 0.0)
     return out

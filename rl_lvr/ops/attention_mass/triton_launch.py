@@ -30,17 +30,24 @@ class Blocks:
 
 
 def path_a_blocks(dtype: torch.dtype, head_dim: int, labelled: int) -> Blocks:
-    """Bound by reading the queries: many rows per program, few keys, one stage."""
-    keys = min(64, max(16, triton.next_power_of_2(labelled)))
-    wide = head_dim > 128 or dtype == torch.float32
-    return Blocks(32 if wide else 64, 16 if dtype == torch.float32 else keys, 4, 1)
+    """Bound by reading the queries: small programs, several to a multiprocessor, one stage."""
+    if dtype == torch.float32:
+        return Blocks(32, 16, 4, 1)
+    return Blocks(64 if head_dim <= 128 else 32, 16 if labelled <= 16 else 32, 4, 1)
 
 
 def path_b_blocks(dtype: torch.dtype, head_dim: int) -> Blocks:
-    """Bound by the product and the exponentials: square tiles, the next keys are loaded meanwhile."""
+    """Bound by the product and the exponentials: many queries per key that is read, the next keys on their way."""
     if dtype == torch.float32:
-        return Blocks(32, 32, 8, 1)
-    return Blocks(64, 64, 4, 2) if head_dim <= 128 else Blocks(64, 32, 4, 1)
+        return Blocks(32, 16, 8, 1)
+    return Blocks(128, 64, 8, 2) if head_dim <= 128 else Blocks(64, 32, 4, 1)
+
+
+def statistics_blocks(dtype: torch.dtype, head_dim: int) -> Blocks:
+    """As path B with half the queries: each score also takes part in the sums without the largest one."""
+    if dtype == torch.float32:
+        return Blocks(32, 16, 8, 1)
+    return Blocks(64, 64, 8, 2) if head_dim <= 128 else Blocks(64, 32, 4, 1)
 
 
 @dataclass(frozen=True)
@@ -181,7 +188,7 @@ def statistics(problem: Problem) -> tuple[Tensor, Tensor]:
     top, rest, below = (torch.empty(shape, device=problem.query.device) for _ in range(3))
     if not problem.size:
         return top, rest
-    blocks = path_b_blocks(problem.query.dtype, problem.query.shape[3])
+    blocks = statistics_blocks(problem.query.dtype, problem.query.shape[3])
     table = head_table(problem.heads, problem.group, problem.query.device)
     kernels.statistics_one_pass[(triton.cdiv(problem.size, blocks.queries), len(problem.heads))](
         problem.query.detach(), problem.key.detach(), problem.rows, contiguous(problem.segments), table.in_order,
