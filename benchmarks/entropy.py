@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rl_lvr.ops.vocab_stats import vocab_stats
 
+TRL_CHUNK = 32768  # ids per tile in TRL 1.16's trainers
 VOCABULARY = 152_064
 LEVELS = (10.0, 5.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
 ROWS = 4
@@ -62,7 +63,7 @@ def trl(logits: Tensor) -> Tensor:
 
     hidden, weight = _as_product(logits)
     targets = torch.zeros(len(hidden), dtype=torch.int64)
-    return ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 8192, None, 1.0, ("entropy",))[1]
+    return ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, TRL_CHUNK, None, 1.0, ("entropy",))[1]
 
 
 def plain(logits: Tensor) -> Tensor:
