@@ -25,6 +25,7 @@ LSE_KERNELS = (
     "aten::_scaled_dot_product_cudnn_attention",
     "flash_attn::_flash_attn_forward",
     "flash_attn::_flash_attn_varlen_forward",
+    "torch_attn::_varlen_attn",
 )
 """Kernels whose second result is the log-sum-exp."""
 COMPUTE_LSE = 4  # position of EFFICIENT's compute_log_sumexp, which is false without gradients

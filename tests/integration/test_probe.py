@@ -30,7 +30,7 @@ def qwen(load_tiny) -> tuple[Any, Any]:
     return load_tiny("qwen2_5_vl", layers=LAYERS)
 
 
-def agrees(case: Case, **how: Any) -> None:
+def agrees(case: Case, **how: Any) -> set[str]:
     """Per layer and head, and on average, the probe says what eager attention's weights say; wrong regions do not."""
     expected = eager_masses(case)
     got, kernels = measured_masses(case, **how)
@@ -295,6 +295,46 @@ def test_layouts_of_log_sum_exps():
     assert torch.equal(dense(flat.reshape(3, 10)), lse)
     unpadded = dense(flat[:, valid], valid)
     assert torch.equal(unpadded.transpose(1, 2)[valid], lse.transpose(1, 2)[valid])
+
+
+@torch.library.custom_op("flash_attn::_flash_attn_varlen_forward", mutates_args=())
+def varlen(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int], scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What FlashAttention's kernel does, on the CPU: tokens of all sequences behind each other, lse [H, total]."""
+    outs, lses = [], []
+    for queries, keys, values in zip(*(x.transpose(0, 1).split(lengths, 1) for x in (q, k, v)), strict=True):
+        keys, values = (x.repeat_interleave(len(queries) // len(x), 0) for x in (keys, values))
+        future = torch.ones(queries.shape[1], queries.shape[1]).triu(1).bool()
+        scores = (scale * queries @ keys.transpose(1, 2)).masked_fill(future, -torch.inf)
+        outs.append(scores.softmax(-1) @ values)
+        lses.append(scores.logsumexp(-1))
+    return torch.cat(outs, 1).transpose(0, 1).contiguous(), torch.cat(lses, 1)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_unpadding_attention(qwen, side, monkeypatch):
+    """An attention that takes the padding out, as FlashAttention's does, under its kernel's name and layout."""
+    monkeypatch.setattr(kernels_module, "_checked", set())
+    case = make_case(*qwen, side)
+    text = {id(layer.self_attn) for layer in case.model.model.language_model.layers}
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def unpadding(module: Any, query: Any, key: Any, value: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+        if id(module) not in text:
+            return sdpa(module, query, key, value, attention_mask, **kwargs)
+        tokens = [x.transpose(1, 2)[case.rows] for x in (query, key, value)]
+        lengths = case.rows.sum(1).tolist()
+        out, _ = torch.ops.flash_attn._flash_attn_varlen_forward(*tokens, lengths, kwargs["scaling"])
+        padded = torch.zeros_like(query.transpose(1, 2))
+        padded[case.rows] = out
+        return padded, None
+
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = unpadding
+    try:
+        assert agrees(case) == {"flash_attn::_flash_attn_varlen_forward"}
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
 @pytest.mark.gpu
