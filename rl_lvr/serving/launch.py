@@ -33,8 +33,7 @@ class ServeOptions:
 def serve(options: ServeOptions, flags: Sequence[str]) -> int:
     """Run until interrupted. What can be refused without vLLM is refused before it is imported."""
     with bound_socket(options.host, options.port) as sock:
-        say(f"loading vLLM for {options.model} ...")
-        arguments = vllm_arguments(options, flags)
+        arguments = vllm_arguments(options, flags, sock.getsockname()[1])
         try:
             return asyncio.run(_run(arguments, sock))
         except asyncio.CancelledError:  # the signal came while the engine was being waited for
@@ -47,8 +46,10 @@ def say(sentence: str) -> None:
 
 @contextmanager
 def bound_socket(host: str, port: int) -> Any:
-    """A socket of this address, taken before minutes are spent on a model."""
+    """A socket of this address, taken before minutes are spent on a model. Port 0: any that is free."""
     try:
+        if not 0 <= port < 2**16:
+            raise OverflowError("ports are 0 to 65535")
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (socket.gaierror, OverflowError) as error:
         raise UserError(f"{host!r}, port {port} is no address ({error}): see --host and --port.") from error
@@ -67,7 +68,7 @@ def bound_socket(host: str, port: int) -> Any:
 # ---- arguments
 
 
-def vllm_arguments(options: ServeOptions, flags: Sequence[str]) -> Any:
+def vllm_arguments(options: ServeOptions, flags: Sequence[str], port: int) -> Any:
     """The arguments of `vllm serve` with those that latents need."""
     from rl_lvr.latents.format import LatentFormat, choose_format
     from rl_lvr.models.loading import checkpoint_folder
@@ -82,13 +83,14 @@ def vllm_arguments(options: ServeOptions, flags: Sequence[str]) -> Any:
     max_latents = MAX_LATENTS if options.max_latents is None else options.max_latents
     if max_latents < 1:
         raise UserError(f"max_latents is {max_latents}; it must be at least 1.")
+    say(f"loading vLLM for {options.model} ...")
     arguments = _parse([str(folder), *flags])
     _refuse(arguments, options)
     from transformers import AutoConfig
 
     arguments.model = str(folder)
     arguments.served_model_name = arguments.served_model_name or [options.model]
-    arguments.host, arguments.port = options.host, options.port
+    arguments.host, arguments.port = options.host, port
     arguments.logprobs_mode = "processed_logprobs"
     arguments.worker_extension_cls = EXTENSION
     arguments.additional_config = {**(arguments.additional_config or {}), **as_config(format_, max_latents)}

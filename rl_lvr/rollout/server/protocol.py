@@ -99,7 +99,7 @@ def answer_to_json(answer: Answer) -> dict[str, Any]:
         "finish_reason": answer.finish_reason,
         "stop_reason": answer.stop_reason,
         "dtype": str(answer.vectors.dtype).removeprefix("torch."),
-        "vectors": _text(answer.vectors.contiguous().view(torch.uint8).numpy().tobytes()),
+        "vectors": _text(answer.vectors.clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().tobytes()),
         "marks": _text(answer.marks.numpy().tobytes()),
     }
 
