@@ -130,6 +130,11 @@ class VLLMRolloutEngine:
                 f"request {index} has images but no pictures: vLLM runs the image processor itself, so give the "
                 "original images too (Request.pictures)."
             )
+        if len(request.pictures) > 1 and self._settings.single_picture:
+            raise UserError(
+                f"request {index} has {len(request.pictures)} pictures: vLLM processes several images of this family "
+                "differently from transformers, so give one per request."
+            )
         if request.pictures and not request.images:
             raise UserError(f"request {index} has pictures but no images: give what the processor made of them too.")
 
@@ -226,7 +231,7 @@ class VLLMRolloutEngine:
         mine, theirs = self.llm.llm_engine.vllm_config.model_config.hf_config, unwrapped(model).config
         if mine.model_type != theirs.model_type:
             raise UserError(f"a {theirs.model_type} model's weights cannot go into a {mine.model_type} engine.")
-        with checkpoint_weights(model) as (named, sent):
+        with checkpoint_weights(model, self.dtype) as (named, sent):
             if _in_process(self.llm):
                 rows = self.llm.collective_rpc("latent_load", args=(named,))
             else:

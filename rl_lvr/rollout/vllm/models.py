@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.interns1 import InternS1ForConditionalGeneration
 from vllm.model_executor.models.llava_onevision import LlavaOnevisionForConditionalGeneration
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
@@ -64,15 +64,16 @@ class LatentMixin:
         module = getattr(self, NAME, None)
         if module is None:
             return loaded
-        missing = sorted(set(module.state_dict()) - set(ours))
+        tensors = dict([*module.named_parameters(), *module.named_buffers()])
+        missing = sorted(set(tensors) - set(ours))
         if missing:
             raise UserError(
                 f"the weights have no {NAME}.{missing[0]}, which the latent format's projector or norm needs: save the "
                 "model with its feedback module."
             )
-        with torch.no_grad():
-            for name, value in module.state_dict().items():
-                value.copy_(ours[name])
+        for name, tensor in tensors.items():
+            # While vLLM reloads weights, a tensor is a stand-in and its loader knows the real one.
+            getattr(tensor, "weight_loader", default_weight_loader)(tensor, ours[name])
         return loaded | {f"{NAME}.{name}" for name in ours}
 
 

@@ -20,6 +20,8 @@ from rl_lvr.rollout.types import Request
 TEXT_ONLY = ("qwen2", "qwen3")
 """`config.model_type` of the language models that are served without a vision family."""
 FRAMED = ("internvl",)
+SINGLE = ("llava_onevision",)
+"""vLLM cuts every image into tiles, transformers only one that is alone in its row."""
 MAX_LATENTS = 128
 _KEYS = ("format", "max_latents")
 
@@ -34,6 +36,8 @@ class LatentSettings:
     max_latents: int
     """Room per request for the latents that it generates."""
     text_only: bool
+    single_picture: bool
+    """Prompts with several images look different to vLLM than to transformers."""
     frame: tuple[int, int] | None
     """Tokens around an image that vLLM writes by itself, beside the image tokens."""
 
@@ -129,7 +133,9 @@ def bind(
     frame = None
     if config.model_type in FRAMED:
         frame = placeholders["vision_start"], placeholders["vision_end"]
-    return LatentSettings(markers, limits, tuple(sorted(eos)), max_latents, text_only, frame)
+    return LatentSettings(
+        markers, limits, tuple(sorted(eos)), max_latents, text_only, config.model_type in SINGLE, frame
+    )
 
 
 def check_room(request: Request, settings: LatentSettings) -> None:

@@ -67,10 +67,10 @@ def load(runner: Any, weights: Iterable[tuple[str, Tensor]]) -> Receipt:
 
 
 @contextmanager
-def checkpoint_weights(model: nn.Module) -> Iterator[tuple[list[tuple[str, Tensor]], Receipt]]:
+def checkpoint_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[list[tuple[str, Tensor]], Receipt]]:
     """The weights of a trainer's model under a checkpoint's names, adapters merged in for the time being.
 
-    Wrappers (DDP, DeepSpeed, PEFT, torch.compile) may be around the model; its weights must be whole on this rank.
+    `dtype` is the engine's precision. Wrappers (DDP, DeepSpeed, PEFT, torch.compile) may be around the model; its weights must be whole on this rank.
     """
     adapted = _adapted(model)
     if adapted is not None:
@@ -83,7 +83,7 @@ def checkpoint_weights(model: nn.Module) -> Iterator[tuple[list[tuple[str, Tenso
         receipt = Receipt()
         for _, value in named:
             receipt.count(value)
-        receipt.rows = float(base.get_input_embeddings().weight[:PROBES].detach().double().abs().mean())
+        receipt.rows = float(base.get_input_embeddings().weight[:PROBES].detach().to(dtype).double().abs().mean())
         yield named, receipt
     finally:
         if adapted is not None:

@@ -1,0 +1,194 @@
+"""What the tests of the vLLM engine share: the CPU runtime's settings, tiny models that think, engines on them.
+
+Import this before vLLM. An engine takes 5 to 25 seconds to start on two cores, so tests share them by module.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from engine_cases import FORMATS, SIX_ROWS, Rig
+from helpers import WORDS
+from safetensors.torch import load_file, save_file
+
+from rl_lvr.lab.tiny import FAMILIES
+from rl_lvr.lab.tokenizer import build_tokenizer
+from rl_lvr.latents.format import LatentFormat, get_format
+from rl_lvr.models import Family, register_family
+from rl_lvr.models.registry import UnsupportedFamily, family_class
+from rl_lvr.rollout.types import Request
+
+CPU = torch.version.cuda is None
+TEXT = ("qwen2", "qwen3")
+ALL = (*FAMILIES, *TEXT)
+LENGTH = 256
+"""max_model_len of every engine here."""
+
+
+def use_cpu_runtime() -> None:
+    """What vLLM needs to run its GPU code on a machine without one; a user with a GPU sets none of these."""
+    os.environ.update(
+        TRITON_INTERPRET="1",
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_CPU_KVCACHE_SPACE="1",
+        VLLM_NO_USAGE_STATS="1",
+        VLLM_LOGGING_LEVEL="WARNING",
+    )
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    topk_topp_sampler.HAS_TRITON = False  # its kernel does not run in Triton's interpreter: the one in torch does
+
+
+if CPU:
+    use_cpu_runtime()
+
+
+class PlainText(Family):
+    """A language model without eyes, so that the reference engine and the replay can run it."""
+
+    name = "text"
+    model_types = TEXT
+    image_keys = ()
+
+    def placeholder_ids(self, tokenizer: Any) -> dict[str, int]:
+        return {}
+
+    def vision_parts(self, model: Any) -> dict[str, list[Any]]:
+        return {"tower": [], "merger": []}
+
+    def rows_per_image(self, images: Any) -> dict[str, list[int]]:
+        return {}
+
+    def image_features(self, model: Any, images: Any) -> list[Any]:
+        return []
+
+    def token_grid(self, images: Any) -> list[Any]:
+        return []
+
+
+try:
+    family_class(TEXT[0])
+except UnsupportedFamily:
+    register_family(PlainText)
+
+
+class VLLMRig(Rig):
+    """A tiny model on disk, loaded by transformers here and by vLLM in an engine."""
+
+    def __init__(self, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
+        self.folder = folder
+        self.text = folder.name in TEXT
+        auto: Any = AutoModelForCausalLM if self.text else AutoModelForImageTextToText
+        model = auto.from_pretrained(folder, dtype=dtype).eval()
+        processor = AutoTokenizer.from_pretrained(folder) if self.text else AutoProcessor.from_pretrained(folder)
+        super().__init__(model, processor)
+
+    @property
+    def tokenizer(self) -> Any:
+        return getattr(self.processor, "tokenizer", self.processor)
+
+    def requests(self, rows: Any = None, **more: Any) -> list[Request]:
+        """As the reference engine's, with the pictures. LLaVA-OneVision gets one image per row (docs/engines.md)."""
+        if self.text:
+            texts = [question for _, question in SIX_ROWS] if rows is None else [question for _, question in rows]
+            chats = [[{"role": "user", "content": [{"type": "text", "text": text}]}] for text in texts]
+            ids = [self.tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False) for c in chats]
+            return [Request(row, **more) for row in ids]
+        rows = SIX_ROWS if rows is None else rows
+        if self.folder.name == "llava_onevision":
+            rows = [(images[:1], question) for images, question in rows]
+        made = super().requests(rows, **more)
+        return [replace(r, pictures=tuple(images)) for r, (images, _) in zip(made, rows, strict=True)]
+
+    def vllm(self, format_: LatentFormat, **more: Any) -> Any:
+        from rl_lvr.rollout.vllm.engine import VLLMRolloutEngine
+
+        engine_args = {
+            "enforce_eager": True,
+            "num_gpu_blocks_override": 256,
+            **({} if self.text else {"limit_mm_per_prompt": {"image": 2, "video": 0}}),
+            **more.pop("engine_args", {}),
+        }
+        arguments = {"max_model_len": LENGTH, "max_num_seqs": 8, "dtype": "float32", **more}
+        return VLLMRolloutEngine(self.folder, self.processor, format_, engine_args=engine_args, **arguments)
+
+
+def thinking_folder(source: Path, folder: Path, *, start: float = 4.0, feedback: LatentFormat | None = None) -> Path:
+    """A copy of a tiny model whose head likes START, so that untrained weights open a span every few tokens.
+
+    `feedback`: also give it the format's feedback module, with random weights.
+    """
+    from transformers import AutoTokenizer
+
+    shutil.copytree(source, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    head = tensors["lm_head.weight"]
+    for name in FORMATS:
+        if (token := get_format(name).start) is not None:
+            head[tokenizer.convert_tokens_to_ids(token)] *= start
+    head[tokenizer.eos_token_id] *= 0.2
+    if feedback is not None:
+        feedback.save(folder)
+        tensors |= _feedback_weights(feedback, head.shape[1])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def _feedback_weights(format_: LatentFormat, width: int) -> dict[str, torch.Tensor]:
+    from rl_lvr.latents.feedback import NAME, LatentFeedback
+
+    module = LatentFeedback(width, format_.projector, format_.norm)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.2, generator=generator)
+    return {f"{NAME}.{name}": value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def build_text(model_type: str, folder: Path) -> Path:
+    """A tiny text-only Qwen2 or Qwen3."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    markers = [token for name in FORMATS for token in get_format(name).tokens]
+    tokenizer = build_tokenizer("qwen2_5_vl", ("user", "assistant", *WORDS), tuple(markers))
+    shape = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 4096,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    torch.manual_seed(0)
+    if model_type == "qwen2":
+        model: Any = Qwen2ForCausalLM(Qwen2Config(**shape))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**shape, head_dim=32))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def thinking(tiny_folder: Any, tmp: Path, name: str, feedback: LatentFormat | None = None) -> Path:
+    """The folder of a thinking tiny model of a family, or of a text-only one, made in `tmp`."""
+    source = build_text(name, tmp / "plain" / name) if name in TEXT else tiny_folder(name, latent_formats=FORMATS)
+    return thinking_folder(source, tmp / name, feedback=feedback)
+
+
+def opened(requests: Sequence[Request], start: int) -> list[Request]:
+    """Every other prompt ends in START, so that the first latents follow at once."""
+    return [replace(r, prompt_ids=[*r.prompt_ids, start]) if i % 2 else r for i, r in enumerate(requests)]
