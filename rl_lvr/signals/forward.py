@@ -9,7 +9,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rl_lvr.latents.format import FormatIds
 from rl_lvr.ops.vocab_stats import VocabStats
 from rl_lvr.signals.probe import Reading
 from rl_lvr.signals.regions import Queries, Regions
@@ -31,7 +30,6 @@ class Forward:
     """One forward pass of a batch. `rows` [N] are flat indices b*T + t, in increasing order, of the rows kept."""
 
     regions: Regions
-    markers: FormatIds
     attention_rows: Tensor
     """[A] flat indices of the queries that the probe measured."""
     attention: Mapping[Reading, Tensor]

@@ -72,7 +72,6 @@ def measure(
 
     forward = Forward(
         regions=regions,
-        markers=markers,
         attention_rows=rows.flatten().nonzero()[:, 0],
         attention={reading: probe[reading] for reading in readings} if probe else {},
         vocabulary_rows=vocabulary_rows,

@@ -92,7 +92,7 @@ def test_first_latents():
 
 def forward_of(regions: Regions) -> Forward:
     rows = torch.arange(regions.labels.numel())
-    return Forward(regions, FORMATS["at_start"], rows, {}, rows, lambda k: None, lambda space, mask: rows)
+    return Forward(regions, rows, {}, rows, lambda k: None, lambda space, mask: rows)
 
 
 def test_means_counts_and_lists():
