@@ -128,4 +128,4 @@ def padded_and_packed(batch: int, keys: int) -> Tensor:
 
 
 def worst(values: Tensor, truth: Tensor) -> float:
-    return float((values.double() - truth.double()).abs().max())
+    return float((values.detach().double() - truth.detach().double()).abs().max())

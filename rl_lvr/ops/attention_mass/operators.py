@@ -227,7 +227,7 @@ def _gradients(
     if chosen_backend(problem, asked) != "reference":
         return torch_chunked.gradients(problem, upstream, labels, lse, sinks)
     exact = replace(problem, query=query.double(), key=key.double())
-    d_query, d_key = torch_chunked.gradients(exact, upstream, labels, None, sinks)
+    d_query, d_key = torch_chunked.gradients(exact, upstream, labels, lse, sinks)
     return d_query.to(query.dtype), d_key.to(key.dtype)
 
 

@@ -206,7 +206,7 @@ def gradients(
     that was given is a function of query and key like one that was not: only it gets no gradient of its own.
     """
     d_query = torch.zeros_like(problem.query)
-    d_key = torch.zeros(problem.key.shape, dtype=problem.dtype, device=problem.key.device)
+    d_key = torch.zeros_like(problem.key, dtype=problem.dtype)
     for group in groups(problem):
         for block in group.blocks(problem.key.shape[2]):
             _block_gradients(problem, block, upstream, labels, lse, sinks, d_query, d_key)

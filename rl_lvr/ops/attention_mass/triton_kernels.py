@@ -17,10 +17,10 @@ EMPTY = tl.constexpr(-1.0e30)  # the largest score of no key: finite, so that a 
 @triton.jit
 def row_place(at, live, rows, queries, HAS_ROWS: tl.constexpr):
     """Sequence and time of entries of the row list."""
-    row = at.to(tl.int64)
+    row = at
     if HAS_ROWS:
-        row = tl.load(rows + at, mask=live, other=0).to(tl.int64)
-    return row // queries, row % queries
+        row = tl.load(rows + at, mask=live, other=0).to(tl.int32)  # a division of 64 bits is a slow routine
+    return (row // queries).to(tl.int64), (row % queries).to(tl.int64)
 
 
 @triton.jit
