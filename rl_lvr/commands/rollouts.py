@@ -62,8 +62,9 @@ def _page(rollouts: Rollouts) -> None:
     at = 0
     while True:
         print("\033[2J\033[H" + _shown(rollouts[at], at, len(rollouts)))
+        print(f"\n[{at}/{len(rollouts) - 1}] {KEYS}: ", end="", flush=True)  # input() would write it to stderr
         try:
-            key = input(f"\n[{at}/{len(rollouts) - 1}] {KEYS}: ").strip().lower()
+            key = input().strip().lower()
         except EOFError:
             return
         if key == "q":

@@ -1,0 +1,200 @@
+"""`rl-lvr rewards` and `rl-lvr rollouts` as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rl_lvr.cli import main
+from rl_lvr.rollout.record import RecordedRollout, RolloutLog
+
+REWARD = """
+async def shorter(completions, spans, log_metric, *, limit=6):
+    '''1 for a short one.'''
+    log_metric("mean_length", sum(map(len, completions)) / len(completions))
+    return [None if not s else float(len(c) <= limit) for c, s in zip(completions, spans)]
+
+def fails(completions):
+    return [1.0 / (c != "six") for c in completions]
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A folder of a run with two steps of two rollouts."""
+    log = RolloutLog(tmp_path / "run" / "rollouts")
+    span = {"begin": 1, "stop": 6, "latents": 3, "status": "closed"}
+    for step in (3, 8):
+        log.append(
+            step,
+            [
+                RecordedRollout(
+                    "what is it?\nlook",
+                    "seven",
+                    marked="⟦3 latents⟧seven",
+                    group=step,
+                    spans=[span],
+                    completion_ids=list(range(9)),
+                    stop_reason="eos",
+                    answer="seven",
+                    category="hops-4",
+                    images=["a/b.png"],
+                    rewards={"accuracy": 1.0, "judge": None},
+                    signals={"attention_mass_layers_0": 0.125 * step, "entropies": [0.5] * 20},
+                ),
+                RecordedRollout(
+                    "what\x1b[31m?", "six", group=step, spans=[], answer="seven", rewards={"accuracy": 0.0}
+                ),
+            ],
+        )
+    (tmp_path / "mine.py").write_text(REWARD)
+    return tmp_path / "run"
+
+
+def test_list_names_every_reward_and_needs_no_torch(capsys: pytest.CaptureFixture[str]) -> None:
+    code = (
+        "import sys; from rl_lvr.cli import main\n"
+        "assert main(['rewards', 'list']) == 0\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "attention        Attention mass on the latents" in done.stdout
+    assert "signals: attention_mass_layers_0" in done.stdout
+    assert main(["rewards", "list", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["confidence_text"]["signals"] == ["entropy_drop"]
+    assert all(row["error"] is None and row["doc"] for row in rows.values())
+
+
+def test_a_broken_package_does_not_hide_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from importlib.metadata import EntryPoint
+
+    from rl_lvr.training.rewarding import finding
+
+    points = [
+        EntryPoint("broken", "no_such_module:f", finding.GROUP),
+        EntryPoint("ok", "rewards.presence:presence", ""),
+    ]
+    monkeypatch.setattr(finding, "entry_points", lambda group: points)
+    assert main(["rewards", "list"]) == 0
+    out = capsys.readouterr().out
+    assert "there is no module 'no_such_module'" in out
+    assert "ok               `value` for a completion" in out
+
+
+def test_test_prints_a_table(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rewards", "test", "accuracy", "--data", str(run), "--option", "wrong=-0.5"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["step", "sample", "reward", "answer", "completion"]
+    assert [line.split()[:3] for line in lines[1:5]] == [
+        ["3", "0", "1"],
+        ["3", "1", "-0.5"],
+        ["8", "2", "1"],
+        ["8", "3", "-0.5"],
+    ]
+    assert "⟦3 latents⟧seven" in lines[1]
+    assert lines[5].startswith("accuracy: mean 0.2500 of 4 scored of 4, 0 excluded for faults")
+
+
+def test_test_reads_recorded_signals(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rewards", "test", "attention", "--data", str(run), "--step", "8", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["scores"], found["mean"], found["scored"]) == ([1.0, None], 1.0, 1)
+    assert main(["rewards", "test", "attention", "--data", str(run), "--option", "layers=[5]"]) == 2
+    assert "needs the signal 'attention_mass_layers_5', which was not measured" in capsys.readouterr().err
+
+
+def test_test_runs_an_own_async_reward(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = f"{run.parent}/mine.py:shorter"
+    assert main(["rewards", "test", own, "--data", str(run), "--limit", "2", "--option", "limit=4"]) == 0
+    out = capsys.readouterr().out
+    assert "shorter: mean 0.0000 of 1 scored of 2" in out
+    assert "mean_length: 4" in out
+
+
+def test_test_stops_at_a_fault_or_counts_it(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = f"{run.parent}/mine.py:fails"
+    assert main(["rewards", "test", own, "--data", str(run)]) == 2
+    error = capsys.readouterr().err
+    assert "reward 'fails' raised ZeroDivisionError (float division by zero) on sample 1" in error
+    assert error.count("\n") == 1
+    assert main(["rewards", "test", own, "--data", str(run), "--on-error", "exclude"]) == 0
+    assert "mean 1.0000 of 2 scored of 4, 2 excluded for faults" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--step", "4"], "has no step 4; it has 3, 8"),
+        (["--limit", "0"], "--limit is 0"),
+        (["--option", "wrong"], "is not of the form KEY=VALUE"),
+        (["--option", "wrong=["], "is no valid YAML"),
+        (["--option", "wrnog=1"], "did you mean 'wrong'"),
+        (["--timeout", "0"], "timeout is 0"),
+    ],
+)
+def test_refusals(run: Path, capsys: pytest.CaptureFixture[str], flags: list[str], problem: str) -> None:
+    assert main(["rewards", "test", "accuracy", "--data", str(run), *flags]) == 2
+    error = capsys.readouterr().err
+    assert problem in error
+    assert error.count("\n") == 1
+
+
+def test_show_prints_plain_lines_where_there_is_no_terminal(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rollouts", "show", str(run), "--step", "8"]) == 0
+    out = capsys.readouterr().out
+    for line in (
+        "rollout 0 of 2, step 8, group 8, hops-4",
+        "image       a/b.png",
+        "prompt      what is it?",
+        "            look",
+        "completion  ⟦3 latents⟧seven",
+        "answer      seven",
+        "stopped     eos after 9 tokens",
+        "span        tokens 1 to 6, 3 latents, closed",
+        "reward      accuracy 1",
+        "reward      judge not scored",
+        "signal      attention_mass_layers_0 1",
+        "prompt      what\\x1b[31m?",
+    ):
+        assert line in out.splitlines()
+    assert "0.5 ... (20)" in out
+    assert "\x1b" not in out  # a prompt's control characters reach no terminal
+
+
+def test_show_picks_one_or_all_as_json(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rollouts", "show", str(run), "--index", "-1"]) == 0
+    assert capsys.readouterr().out.startswith("rollout 0 of 1, step 8")
+    assert main(["rollouts", "show", str(run), "--json", "--limit", "3"]) == 0
+    assert [json.loads(line)["step"] for line in capsys.readouterr().out.splitlines()] == [3, 3, 8]
+    for flags, problem in (
+        (["--index", "4"], "outside"),
+        (["--step", "5"], "of step 5"),
+        (["--limit", "0"], "at least 1"),
+    ):
+        assert main(["rollouts", "show", str(run), *flags]) == 2
+        assert problem in capsys.readouterr().err
+
+
+@pytest.mark.timeout(60)
+def test_show_pages_in_a_terminal(run: Path) -> None:
+    screen, terminal = pty.openpty()
+    command = [sys.executable, "-m", "rl_lvr.cli", "rollouts", "show", str(run)]
+    process = subprocess.Popen(command, stdin=terminal, stdout=terminal)
+    os.close(terminal)
+    for awaited, keys in (("[0/3]", ""), ("[1/3]", "3"), ("[3/3]", "p"), ("[2/3]", "99"), ("[3/3]", "q")):
+        seen = ""
+        while awaited not in seen:
+            seen += os.read(screen, 65536).decode()
+        os.write(screen, f"{keys}\n".encode())
+    assert process.wait(30) == 0
+    os.close(screen)
