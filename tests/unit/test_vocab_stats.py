@@ -210,3 +210,11 @@ def test_size_of_the_workspace(backend: str, workspace: int) -> None:
     """One id per slice, several slices, rows in two parts (with a span across the cut), everything at once."""
     given = case(vocabulary=1500 if workspace == 1 else 5003)
     assert_close(given.run(backend, workspace_bytes=workspace), given.run(backend))
+
+
+def test_autocast(backend: str) -> None:
+    """Which would round the logits to bf16, were it heard."""
+    given = case()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (given.hidden @ given.weight.T).dtype == torch.bfloat16
+        assert_close(given.run(backend), case().run("reference"))

@@ -44,6 +44,7 @@ def test_opcheck_of_the_backward_operator() -> None:
     )
 
 
+@pytest.mark.slow
 def test_compiles_without_a_break() -> None:
     given = case(vocabulary=200)
 

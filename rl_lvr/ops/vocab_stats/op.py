@@ -23,9 +23,9 @@ def folding(backend: str) -> tuple[sweep.Fold, sweep.Differentiate]:
         return torch_rows.fold, torch_rows.differentiate
     if backend == "triton":
         # Triton decides on import whether its kernels are interpreted, and is not installed everywhere.
-        from rl_lvr.ops.vocab_stats import triton_rows
+        from rl_lvr.ops.vocab_stats.triton_rows import differentiate, fold
 
-        return triton_rows.fold, triton_rows.differentiate
+        return fold, differentiate
     raise ValueError(f"the operator runs on torch or triton, not on {backend!r}.")
 
 

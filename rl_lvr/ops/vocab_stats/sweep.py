@@ -121,10 +121,8 @@ def _accumulate(
 ) -> None:
     """out += dL/dlogits W, and the same through the adapter."""
     rows = len(out)
-    # bfloat16 where the GPU multiplies it with float32 sums; float16 would lose small probabilities.
-    half = source.native and head.weight.dtype == torch.bfloat16
-    apart = half or source.store is not None
-    gradient_dtype = torch.bfloat16 if half else out.dtype
+    apart = source.half_gradient or source.store is not None
+    gradient_dtype = torch.bfloat16 if source.half_gradient else out.dtype
     buffer = torch.empty(rows * source.width if apart else 0, device=out.device, dtype=gradient_dtype)
     inner = None
     if head.lora_b is not None:
@@ -147,18 +145,20 @@ class _Logits:
         self, hidden: Tensor, head: Head, dtype: torch.dtype, workspace_bytes: int, store: Tensor | None, *, fill: bool
     ) -> None:
         self.hidden, self.head, self.store, self.fill = hidden, head, store, fill
-        self.native = half_product(hidden, head.weight)
+        native = half_product(hidden, head.weight)
+        # Where the GPU multiplies it with float32 sums; float16 would lose small probabilities.
+        self.half_gradient = native and not fill and head.weight.dtype == torch.bfloat16
         rows, vocabulary = len(hidden), len(head.weight)
         per_id = dtype.itemsize * rows if store is None else 0
-        if self.native and not fill:
-            per_id += head.weight.element_size() * rows  # the gradient, apart from the logits
-        if not self.native and head.weight.dtype != dtype:
+        if self.half_gradient:
+            per_id += head.weight.element_size() * rows  # apart from the logits
+        elif head.weight.dtype != dtype and not (native and fill):
             per_id += dtype.itemsize * head.weight.shape[1]  # a wider copy of the slice's weights
         fits = workspace_bytes // per_id if per_id else vocabulary
         align = next((a for a in ALIGNS if a <= fits), ALIGNS[-1])
         self.width = min(vocabulary, max(fits // align, 1) * align)
         self.workspace = torch.empty(rows * self.width if store is None else 0, device=hidden.device, dtype=dtype)
-        if not self.native:
+        if not native:
             self.hidden = hidden.to(dtype)
         self.inner = None
         if head.lora_a is not None and head.lora_b is not None:
