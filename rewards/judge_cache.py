@@ -17,10 +17,8 @@ class JudgeCache:
         self._path = None if path is None else Path(path)
         self._lock = threading.Lock()
         self._scores: dict[str, float] = {}
-        if self._path is not None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            if self._path.is_file():
-                self._scores = _read(self._path)
+        if self._path is not None and self._path.is_file():
+            self._scores = _read(self._path)
 
     @staticmethod
     def key(url: str, body: dict[str, Any], scale: Sequence[float]) -> str:
@@ -37,6 +35,7 @@ class JudgeCache:
         self._scores[key] = score
         if self._path is None:
             return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps({"key": key, "score": score}) + "\n"
         with self._lock, self._path.open("a+b") as file:
             if file.seek(0, 2):

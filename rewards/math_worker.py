@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import resource
+import signal
 import sys
 
 MEMORY = 4 * 2**30
+ALARM = 60
+"""Seconds after which one comparison ends this process, should nobody be left to end it."""
 
 
 def main() -> None:
@@ -28,8 +31,10 @@ def main() -> None:
 
     print(json.dumps("ready"), file=answers, flush=True)
     for line in sys.stdin:
+        signal.alarm(ALARM)
         gold, given = map(read, json.loads(line))
         equal = None if not gold else bool(given) and verify(gold, given, timeout_seconds=None)
+        signal.alarm(0)
         print(json.dumps(equal), file=answers, flush=True)
 
 
