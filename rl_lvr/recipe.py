@@ -93,7 +93,7 @@ def _as_flags(recipe: dict[str, Any]) -> tuple[list[str], list[str]]:
         if value is None:
             nulls.append(key)
         elif isinstance(value, list):
-            flags += [f"--{key}", *(str(v) for v in value)]
+            flags += [f"--{key}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in value)]
         elif isinstance(value, dict):
             flags += [f"--{key}", json.dumps(value)]
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import sys
 import threading
 import time
 
@@ -82,6 +83,7 @@ def test_what_a_reward_logs_of_a_part_of_the_batch_is_dropped() -> None:
     ("function", "problem"),
     [
         (lambda completions, **_: 1 / 0, "raised ZeroDivisionError"),
+        (lambda completions, **_: sys.exit(0), r"raised RuntimeError \(it asked to exit, SystemExit\(0\)\)"),
         (lambda completions, **_: [1.0], "returned 1 values for 3 completions"),
         (lambda completions, **_: [], "returned 0 values for 3 completions"),
         (lambda completions, **_: 1.0, "returned a float"),

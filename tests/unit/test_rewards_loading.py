@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,22 @@ def test_an_entry_may_be_json_as_flags_need_it() -> None:
     (from_json,) = load_rewards([json.dumps(entry)])
     (plain,) = load_rewards([entry])
     assert (from_json.weight, from_json.schedule) == (plain.weight, plain.schedule) == (2.0, Schedule(0.0, 1.0, 0, 10))
+
+
+def test_entries_come_through_a_recipe_file(tmp_path: Path) -> None:
+    from rl_lvr.recipe import parse_recipe
+
+    @dataclass
+    class Config:
+        rewards: list[str] = field(default_factory=list)
+
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "rewards:\n  - presence\n  - {name: accuracy, weight: 0.9, options: {kind: math, tolerance: 1.0e-3}}\n"
+    )
+    (config,), _ = parse_recipe([Config], ["--config", str(path)])
+    specs = load_rewards(config.rewards)
+    assert [(spec.name, spec.weight) for spec in specs] == [("presence", 1.0), ("accuracy", 0.9)]
 
 
 def test_two_packages_with_one_name_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -235,7 +235,8 @@ def _in_thread(name: str, reward: Callable[..., Any], arguments: dict[str, Any])
             result = context.run(reward, **arguments)
         except BaseException as error:  # noqa: BLE001, it is raised where the result is asked for
             if done.set_running_or_notify_cancel():  # else nobody waits any more
-                done.set_exception(error)
+                ends = not isinstance(error, Exception)  # sys.exit in a reward must not end the training
+                done.set_exception(RuntimeError(f"it asked to exit, {error!r}") if ends else error)
         else:
             if done.set_running_or_notify_cancel():
                 done.set_result(result)
