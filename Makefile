@@ -4,10 +4,10 @@ SEEDS ?= 1
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo lint clean
+.PHONY: help setup test demo bench-gpu lint clean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
 
 setup: ## create or refresh .venv (nothing to do: well under two seconds)
 	@command -v $(PYTHON) >/dev/null || { echo "make setup: $(PYTHON) was not found: install Python 3.11 or newer, or name it with PYTHON=/path/to/python3." >&2; exit 1; }
@@ -18,6 +18,9 @@ test: setup ## set up, then run every test that this machine can run
 
 demo: setup ## set up, then train and examine the lab's tiny model; SEEDS=3 for three seeds
 	@$(BIN)/rl-lvr lab demo --out runs/demo --seeds $(SEEDS)
+
+bench-gpu: setup ## time the fused operations on this machine's GPU; adds to benchmarks/results.csv
+	@$(BIN)/python benchmarks/gpu.py
 
 lint: setup ## ruff and mypy
 	@$(BIN)/ruff check .

@@ -35,15 +35,19 @@ def compiled(example: KernelExample, capability: int) -> Any:
 
 
 def report(example: KernelExample, capability: int) -> dict[str, Any]:
-    """Registers per thread, bytes of stack per thread (what spills lives there), bytes of shared memory per program."""
+    """Registers and bytes of spilled registers per thread, bytes of shared memory per program."""
     binary = compiled(example, capability)
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    assembler = max(folder.glob("ptxas*"))  # ptxas-blackwell, where there is one, knows all that ptxas knows
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(binary.asm["ptx"])
         file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    found = {"registers": int(registers), "stack": int(stack), "shared": binary.metadata.shared}
+        target = re.search(r"\.target (\w+)", binary.asm["ptx"]).group(1)
+        words = [assembler, "-v", "--gpu-name", target, file.name, "-o", "/dev/null"]
+        text = subprocess.run(words, capture_output=True, text=True, check=True).stderr
+    spilled = int(re.search(r"(\d+) bytes spill stores", text).group(1))
+    registers = int(re.search(r"Used (\d+) registers", text).group(1))
+    found = {"registers": registers, "spilled": spilled, "shared": binary.metadata.shared}
     return {"kernel": example.name, "target": f"sm_{capability}", **found}
 
 

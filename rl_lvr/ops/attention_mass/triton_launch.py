@@ -32,21 +32,21 @@ class Blocks:
 def path_a_blocks(dtype: torch.dtype, head_dim: int, labelled: int) -> Blocks:
     """Bound by reading the queries: small programs, several to a multiprocessor, one stage."""
     if dtype == torch.float32:
-        return Blocks(32, 16, 4, 1)
+        return Blocks(16, 16, 4, 1)
     return Blocks(64 if head_dim <= 128 else 32, 16 if labelled <= 16 else 32, 4, 1)
 
 
 def path_b_blocks(dtype: torch.dtype, head_dim: int) -> Blocks:
     """Bound by the product and the exponentials: many queries per key that is read, the next keys on their way."""
     if dtype == torch.float32:
-        return Blocks(32, 16, 8, 1)
+        return Blocks(32, 32, 4, 1)
     return Blocks(128, 64, 8, 2) if head_dim <= 128 else Blocks(64, 32, 4, 1)
 
 
 def statistics_blocks(dtype: torch.dtype, head_dim: int) -> Blocks:
     """As path B with half the queries: each score also takes part in the sums without the largest one."""
     if dtype == torch.float32:
-        return Blocks(32, 16, 8, 1)
+        return Blocks(32, 16, 4, 1)
     return Blocks(64, 64, 8, 2) if head_dim <= 128 else Blocks(64, 32, 4, 1)
 
 
