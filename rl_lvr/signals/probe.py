@@ -55,6 +55,10 @@ class Probe:
         backend: str = "auto",
     ) -> None:
         """`recompute=True` computes the softmax's denominator anew instead of taking it from the kernel."""
+        if any(module._compiled_call_impl or "_orig_mod" in module._modules for module in model.modules()):
+            raise UserError(
+                "the model is compiled, and a probe cannot look into compiled layers: measure it uncompiled."
+            )
         layers = family_of(model).text_layers(model)
         self._modules = {id(layer.self_attn): index for index, layer in enumerate(layers)}
         attention: Any = layers[0].self_attn
@@ -107,7 +111,7 @@ class Probe:
         if kind is None and wanted - self._seen:
             raise RuntimeError(
                 f"the probe saw no attention in layers {sorted(wanted - self._seen)}: run one forward pass of the "
-                "model that it was given, and compile no more than its layers."
+                "model that it was given inside its block."
             )
 
     # ---- one attention call

@@ -262,6 +262,15 @@ def test_wrong_layers_and_eager_attention_are_refused(qwen):
         pass
 
 
+def test_compiled_models_are_refused(qwen):
+    case = make_case(*qwen, "left")
+    with pytest.raises(UserError, match="uncompiled"):
+        replace(case, model=torch.compile(case.model)).probe([ALL])
+    case.model.model.language_model.layers[1].compile()
+    with pytest.raises(UserError, match="uncompiled"):
+        case.probe([ALL])
+
+
 # ---- the kernel's log-sum-exp
 
 
