@@ -168,6 +168,7 @@ def _requests(args: argparse.Namespace, engine: Any, processor: Any) -> list[Any
     family = family_of(engine.model)
     # The same encoder as in training, so that a question is written exactly as the model learned it.
     ((ids, images),) = Encoder(processor, family, engine.markers).prompts([record])
+    pictures = tuple(image.open() for image in record.images)
     kind = Intervention(args.intervention)
     vectors = None
     if args.vectors:
@@ -177,7 +178,14 @@ def _requests(args: argparse.Namespace, engine: Any, processor: Any) -> list[Any
     filler = _filler(args.filler, engine.tokenizer) if kind is Intervention.PLAIN_TOKENS else None
     return [
         Request(
-            ids, images, intervention=kind, vectors=vectors, seed=args.seed + i, k=engine.format.k, filler_id=filler
+            ids,
+            images,
+            pictures=pictures,
+            intervention=kind,
+            vectors=vectors,
+            seed=args.seed + i,
+            k=engine.format.k,
+            filler_id=filler,
         )
         for i in range(args.n)
     ]

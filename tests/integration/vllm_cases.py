@@ -121,7 +121,7 @@ class VLLMRig(Rig):
         return VLLMRolloutEngine(self.folder, self.processor, format_, engine_args=engine_args, **arguments)
 
 
-def thinking_folder(source: Path, folder: Path, *, start: float = 4.0, feedback: LatentFormat | None = None) -> Path:
+def thinking_folder(source: Path, folder: Path, *, feedback: LatentFormat | None = None) -> Path:
     """A copy of a tiny model whose head likes START, so that untrained weights open a span every few tokens.
 
     `feedback`: also give it the format's feedback module, with random weights.
@@ -132,9 +132,10 @@ def thinking_folder(source: Path, folder: Path, *, start: float = 4.0, feedback:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
     head = tensors["lm_head.weight"]
-    for name in FORMATS:
-        if (token := get_format(name).start) is not None:
-            head[tokenizer.convert_tokens_to_ids(token)] *= start
+    for format_ in map(get_format, FORMATS):
+        if format_.start is not None and format_.end is not None:
+            head[tokenizer.convert_tokens_to_ids(format_.start)] *= 6.0
+            head[tokenizer.convert_tokens_to_ids(format_.end)] *= 6.0  # so that `free` spans end at all lengths
     head[tokenizer.eos_token_id] *= 0.2
     if feedback is not None:
         feedback.save(folder)

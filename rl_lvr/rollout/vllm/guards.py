@@ -37,6 +37,7 @@ HOOKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vllm.v1.core.kv_cache_utils", "get_kv_cache_groups", ("vllm_config",)),
     ("vllm.entrypoints.llm", "LLM.enqueue", ("prompts",)),
     ("vllm.v1.engine.llm_engine", "LLMEngine.step", ()),
+    ("vllm.v1.engine.llm_engine", "LLMEngine.reset_encoder_cache", ()),
     ("vllm.v1.engine.llm_engine", "LLMEngine.abort_request", ("request_ids", "internal")),
     ("vllm.entrypoints.llm", "LLM.collective_rpc", ("method",)),
 )

@@ -91,6 +91,7 @@ class SlotTables:
         )
         for table, value in values:
             table[slot] = value
+        self.marks[slot].zero_()
         if request.vectors is not None:
             if self.vectors is None:
                 self.vectors = torch.zeros_like(self.history)

@@ -9,7 +9,7 @@ is no loop over requests unless one brings latents in its prompt or comes back f
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
@@ -23,13 +23,13 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from rl_lvr.errors import UserError
 from rl_lvr.latents.feedback import feedback
 from rl_lvr.latents.interventions import Intervention
-from rl_lvr.rollout.checks import check_request, starts_with_own
 from rl_lvr.rollout.spanstate import NOT_FORCED
 from rl_lvr.rollout.types import Request
 from rl_lvr.rollout.vllm import guards, wire
+from rl_lvr.rollout.vllm.calls import checked_args
 from rl_lvr.rollout.vllm.history import History, Live
 from rl_lvr.rollout.vllm.sampler import LatentSampler, draw_pairs, end_or_rest, warp_pairs
-from rl_lvr.rollout.vllm.settings import LatentSettings, check_room
+from rl_lvr.rollout.vllm.settings import LatentSettings
 from rl_lvr.rollout.vllm.slots import END, FED, FORCED, SLOT, START, SlotTables
 
 logger = init_logger("vllm.rl_lvr")
@@ -109,7 +109,7 @@ class LatentModelState(DefaultModelState):
             error=error,
         )
         if error is not None:
-            logger.error("Request %s is ended: %s", request_id, error)
+            logger.error("Ended: %s", error)
         self.history.live[request_id] = live
         self.tables.add(req_index, args, sampling, broken=error is not None)
         kind = args.request.intervention
@@ -121,28 +121,18 @@ class LatentModelState(DefaultModelState):
 
     def _args(self, request_id: str, prompt: list[int], sampling: Any) -> tuple[wire.LatentArgs, str | None]:
         """What the request asks for; if that is impossible, a harmless request and what is wrong."""
-        limits, markers = self.settings.limits, self.settings.markers
         # Without a seed of its own a request still needs one that is the same on every rank and after a preemption.
-        seed = _seed_of(request_id) if sampling.seed is None else int(sampling.seed)
+        seed = zlib.crc32(request_id.encode()) if sampling.seed is None else int(sampling.seed)
+        extra = sampling.extra_args or {}
         try:
-            args = wire.decode(sampling.extra_args, prompt, seed, limits.hidden_size)
-            request = args.request
-            pictures = {"in vLLM": torch.empty(0)} if limits.image_token in prompt else {}
-            check_request(request_id, replace(request, images=pictures), markers, limits)
-            check_room(request, self.settings)
-            if sampling.structured_outputs is not None and request.intervention is not Intervention.NONE:
+            args = checked_args(request_id, extra, prompt, seed, self.settings)
+            if sampling.structured_outputs is not None and args.request.intervention is not Intervention.NONE:
                 raise UserError(
-                    f"latents cannot be combined with structured outputs: send {wire.INTERVENTION} = 'none', or leave "
-                    "the structure out."
-                )
-            if starts_with_own(request, markers):
-                raise UserError(
-                    "the prompt ends in a start token whose own embedding is a latent (before_start): leave that token "
-                    f"out and send {wire.OPENS} = 1."
+                    f"request {request_id}: latents cannot be combined with structured outputs: send "
+                    f"{wire.INTERVENTION} = 'none', or leave the structure out."
                 )
             return args, None
         except UserError as error:
-            extra = sampling.extra_args or {}
             uid = extra.get(wire.UID)
             return wire.LatentArgs(Request(prompt, seed=seed), uid=None if uid is None else str(uid)), str(error)
 
@@ -181,16 +171,17 @@ class LatentModelState(DefaultModelState):
     def prepare_inputs_embeds(self, scheduled_encoder_inputs: Any, input_batch: Any, req_states: Any) -> Tensor:
         """Write in place: the tensor is a view of the buffer that CUDA graphs read."""
         embeds = super().prepare_inputs_embeds(scheduled_encoder_inputs, input_batch, req_states)
-        if not self.history.live:
-            return embeds
-        count = input_batch.num_reqs
-        slots = input_batch.idx_mapping[:count]
-        rows = input_batch.query_start_loc[1 : count + 1] - 1
+        if self.history.live:
+            self._overlay(embeds, input_batch)
+        return embeds
+
+    def _overlay(self, embeds: Tensor, batch: Any) -> None:
+        slots = batch.idx_mapping[: batch.num_reqs]
+        rows = batch.query_start_loc[1 : batch.num_reqs + 1] - 1
         fed = torch.where(self.tables.feed[slots][:, None], self.tables.next_latent[slots], embeds[rows])
         embeds.index_copy_(0, rows.long(), fed)
         if self._planted:
-            self._write_planted(embeds, input_batch)
-        return embeds
+            self._write_planted(embeds, batch)
 
     def _write_planted(self, embeds: Tensor, batch: Any) -> None:
         for row, request_id in enumerate(batch.req_ids):
@@ -302,10 +293,6 @@ def _write(output: Any, rows: Tensor, token: Tensor, logprobs: Tensor) -> None:
         scores.logprobs[:, 1:].masked_fill_(rows[:, None], float("-inf"))
     scores.logprobs[:, 0].copy_(torch.where(rows, logprobs, scores.logprobs[:, 0]))
     scores.selected_token_ranks.masked_fill_(rows, 1)
-
-
-def _seed_of(request_id: str) -> int:
-    return zlib.crc32(request_id.encode())
 
 
 def watch_preemption() -> None:

@@ -70,7 +70,8 @@ def load(runner: Any, weights: Iterable[tuple[str, Tensor]]) -> Receipt:
 def checkpoint_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[list[tuple[str, Tensor]], Receipt]]:
     """The weights of a trainer's model under a checkpoint's names, adapters merged in for the time being.
 
-    `dtype` is the engine's precision. Wrappers (DDP, DeepSpeed, PEFT, torch.compile) may be around the model; its weights must be whole on this rank.
+    `dtype` is the engine's precision. Wrappers (DDP, DeepSpeed, PEFT, torch.compile) may be around the model; its
+    weights must be whole on this rank.
     """
     adapted = _adapted(model)
     if adapted is not None:
