@@ -18,7 +18,7 @@ from rl_lvr.progress import track
 
 MANIFEST = "puzzles.json"
 FORMATS = ("parquet", "jsonl")
-_VERSION = 1  # of the draw: raise it when the same config no longer gives the same puzzles
+_VERSION = 2  # of the draw: raise it when the same config no longer gives the same puzzles
 
 
 def make_pointers(

@@ -21,31 +21,32 @@ from rl_lvr.data.schema import LATENT
 from rl_lvr.errors import UserError
 
 PALETTE: dict[str, tuple[int, int, int]] = {
-    # A grid of n cells uses the first n. The first 12 lie at least 110 apart in RGB, all 24 at least 67.
-    "red": (230, 0, 0),
-    "green": (0, 150, 0),
-    "blue": (0, 60, 255),
-    "yellow": (255, 235, 0),
-    "cyan": (0, 225, 255),
-    "magenta": (255, 0, 230),
-    "orange": (255, 125, 0),
-    "purple": (115, 0, 175),
-    "brown": (120, 65, 10),
+    # A grid of n cells uses the first n. The first 9 are the corners of the RGB cube and its middle, so that no channel
+    # tells less than another; the first 12 lie at least 127 apart, all 24 at least 67.
+    "red": (255, 0, 0),
+    "green": (0, 255, 0),
+    "blue": (0, 0, 255),
+    "yellow": (255, 255, 0),
+    "cyan": (0, 255, 255),
+    "magenta": (255, 0, 255),
     "white": (255, 255, 255),
     "black": (0, 0, 0),
-    "grey": (130, 130, 130),
+    "grey": (128, 128, 128),
+    "orange": (255, 128, 0),
+    "purple": (128, 0, 255),
+    "forest": (0, 128, 0),
+    "brown": (120, 60, 30),
     "pink": (255, 165, 190),
-    "lime": (120, 255, 0),
-    "teal": (0, 125, 130),
-    "navy": (0, 0, 110),
-    "olive": (135, 135, 0),
-    "maroon": (125, 0, 40),
+    "lime": (128, 255, 0),
+    "teal": (0, 128, 128),
+    "navy": (0, 0, 128),
+    "olive": (128, 128, 0),
+    "maroon": (128, 0, 64),
     "lavender": (180, 150, 255),
     "mint": (150, 255, 190),
     "beige": (255, 225, 160),
     "azure": (60, 150, 240),
     "crimson": (220, 20, 90),
-    "forest": (0, 75, 20),
 }
 COLOURS = tuple(PALETTE)
 _RGB = np.array(list(PALETTE.values()), dtype=np.uint8)
