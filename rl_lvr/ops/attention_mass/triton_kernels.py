@@ -5,6 +5,7 @@ those from the first to the last with the others' rows masked: no list of tiles,
 UPCAST is for the interpreter, which multiplies the bit patterns of bf16 (triton-lang/triton#11584).
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
 # ruff: noqa: N803, SIM114 - constants are in capitals, as Triton's own kernels have them, and constant `if`s stay apart
 # Annotations of a kernel are read by Triton: no `from __future__ import annotations` here.
 import triton
@@ -227,7 +228,9 @@ def mass_one_pass(
     if HAS_SINKS:
         sink = tl.load(sinks + head).to(tl.float32) * LOG2E
         norm = norm + tl.exp2(sink - top)
-    share = tl.where((top > 0.5 * EMPTY)[:, None], acc / norm[:, None], 0.0)
+    # A visible NaN is not in `top` (a maximum leaves NaN out), but it is in `norm`, and has to come out.
+    seen_any = (top > 0.5 * EMPTY) | (norm != norm)
+    share = tl.where(seen_any[:, None], acc / norm[:, None], 0.0)
     to = (at.to(tl.int64) * count + column) * regions
     tl.store(out + to[:, None] + r[None, :], share, mask=live[:, None] & (r < regions)[None, :])
 
@@ -283,10 +286,10 @@ def statistics_one_pass(
             y = s - tile_top[:, None]
             largest = y == 0.0
             e = tl.exp2(y)
-            some = tile_top > 0.5 * EMPTY
             tile_rest = tl.sum(tl.where(largest, 0.0, e), axis=1) + (tl.sum(largest.to(tl.float32), axis=1) - 1.0)
-            tile_rest = tl.where(some, tile_rest, -1.0)
-            tile_below = tl.where(some, tl.sum(y * e, axis=1), 0.0)
+            none = (tile_top <= 0.5 * EMPTY) & (tile_rest == tile_rest)  # a visible NaN is not nothing
+            tile_rest = tl.where(none, -1.0, tile_rest)
+            tile_below = tl.where(none, 0.0, tl.sum(y * e, axis=1))
             wins = top >= tile_top
             d = -tl.abs(top - tile_top)
             scale_down = tl.exp2(d)

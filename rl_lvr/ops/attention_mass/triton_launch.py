@@ -194,7 +194,7 @@ def statistics(problem: Problem) -> tuple[Tensor, Tensor]:
         problem.query.detach(), problem.key.detach(), problem.rows, contiguous(problem.segments), table.in_order,
         top, rest, below, *strides(problem), **common_numbers(problem), **common_flags(problem, blocks),
     )  # fmt: skip
-    seen = rest > -1.0
+    seen = ~(rest <= -1.0)  # NaN counts as seen
     log_rest = torch.log1p(rest.masked_fill(~seen, 0.0))
     entropy = log_rest - math.log(2.0) * below / (1.0 + rest)
     return (top * math.log(2.0) + log_rest).masked_fill(~seen, -math.inf), entropy.masked_fill(~seen, 0.0)
