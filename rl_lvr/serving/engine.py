@@ -74,14 +74,7 @@ class LatentAsyncLLM(AsyncLLM):
         if vllm_config.parallel_config.data_parallel_size > 1:
             raise UserError("one server cannot hold latents of several replicas: start a server for each instead.")
         self.settings: LatentSettings = settings
-        self.died: bool | None = None
-        """Whether vLLM was broken already when it was first told to stop."""
         super().__init__(vllm_config, *args, **more)
-
-    def shutdown(self, timeout: float | None = None) -> None:
-        if self.died is None and hasattr(self, "engine_core"):
-            self.died = self.errored
-        super().shutdown(timeout)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -11,9 +11,12 @@ import uuid
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rl_lvr.errors import UserError
+
+if TYPE_CHECKING:
+    from rl_lvr.latents.format import LatentFormat
 
 LOOPBACK = "127.0.0.1"
 
@@ -36,7 +39,7 @@ def serve(options: ServeOptions, flags: Sequence[str]) -> int:
         arguments = vllm_arguments(options, flags, sock.getsockname()[1])
         try:
             return asyncio.run(_run(arguments, sock))
-        except asyncio.CancelledError:  # the signal came while the engine was being waited for
+        except _Interrupted:
             raise KeyboardInterrupt from None
 
 
@@ -148,7 +151,6 @@ async def _run(arguments: Any, sock: socket.socket) -> int:
 
     from rl_lvr.serving.routes import attach
 
-    # asyncio only notes an interrupt until the next await, and loading a model is one long step.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     began = time.monotonic()
@@ -160,18 +162,14 @@ async def _run(arguments: Any, sock: socket.socket) -> int:
         app = build_app(arguments, tasks, engine.model_config)
         await init_app_state(engine, app.state, arguments, tasks)
         attach(app)
-        format_, host = engine.settings.markers.format, arguments.host
-        shown = f"[{host}]" if ":" in host else host
-        say(
-            f"ready after {time.monotonic() - began:.0f} s at http://{shown}:{arguments.port} (latent format "
-            f"{format_.name!r}, k {format_.k}, {format_.length} length); Ctrl-C ends it."
-        )
+        sock.listen(2048)  # whoever connects from here on waits for uvicorn
+        say(_ready(engine.settings.markers.format, arguments, time.monotonic() - began))
         log_config = get_uvicorn_log_config(arguments)
         ending = await serve_http(
             app,
             sock=sock,
             enable_ssl_refresh=arguments.enable_ssl_refresh,
-            host=host,
+            host=arguments.host,
             port=arguments.port,
             log_level=arguments.uvicorn_log_level,
             access_log=not arguments.disable_uvicorn_access_log,
@@ -187,15 +185,29 @@ async def _run(arguments: Any, sock: socket.socket) -> int:
         )
     finally:
         engine.shutdown()
+    ended_by_signal = ending.__name__ == "shutdown"  # else vLLM's watchdog did it, and nothing is left to await
     await ending
-    if engine.died:
+    if not ended_by_signal:
         raise UserError("vLLM has stopped working, its own message is above: start the server again.")
     say("ended.")
     return 0
 
 
+def _ready(format_: LatentFormat, arguments: Any, seconds: float) -> str:
+    host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+    scheme = "https" if arguments.ssl_keyfile and arguments.ssl_certfile else "http"
+    return (
+        f"ready after {seconds:.0f} s at {scheme}://{host}:{arguments.port} (latent format {format_.name!r}, "
+        f"k {format_.k}, {format_.length} length); Ctrl-C ends it."
+    )
+
+
+class _Interrupted(BaseException):
+    """Ctrl-C while the model is loaded. asyncio would wait for the next await, and vLLM swallows KeyboardInterrupt."""
+
+
 def _interrupt(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
+    raise _Interrupted
 
 
 async def _engine(arguments: Any) -> Any:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import uuid
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, Body, FastAPI, Request
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from vllm import SamplingParams
 from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 from vllm.exceptions import VLLMValidationError
@@ -62,27 +63,48 @@ async def status(raw_request: Request) -> JSONResponse:
     return JSONResponse(about)
 
 
-class Call(BaseModel):
-    """The body of a rollout call: token ids, images, and the sampling that `calls.sampling_fields` makes."""
-
+class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class SamplingFields(_Body):
+    """Those of vLLM's SamplingParams that `calls.sampling_fields` makes."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: list[str] = []
+    stop_token_ids: list[int] = []
+    detokenize: bool = False
+    logprobs: int = 0
+    extra_args: dict[str, Any] = {}
+
+
+class Call(_Body):
+    """The body of a rollout call."""
 
     prompt_token_ids: list[int]
     pictures: list[str] = []
-    sampling_params: dict[str, Any]
+    sampling_params: SamplingFields
 
 
 @router.post(protocol.ROLLOUT)
 @with_cancellation
-async def rollout(call: Call, raw_request: Request) -> JSONResponse:
+async def rollout(body: Annotated[Any, Body()], raw_request: Request) -> JSONResponse:
     """One completion with everything that a `Rollout` holds."""
     engine: LatentAsyncLLM = raw_request.app.state.engine_client
-    params = _params(call.sampling_params)
+    call = _call(body)
     try:
+        params = SamplingParams(**call.sampling_params.model_dump(), output_kind=RequestOutputKind.FINAL_ONLY)
         prompt: dict[str, Any] = {"prompt_token_ids": call.prompt_token_ids}
         if call.pictures:
-            prompt["multi_modal_data"] = {"image": protocol.pictures_from_json(call.pictures)}
-    except UserError as error:
+            pictures = await asyncio.to_thread(protocol.pictures_from_json, call.pictures)
+            prompt["multi_modal_data"] = {"image": pictures}
+    except (UserError, ValueError) as error:
         raise VLLMValidationError(str(error)) from error
     rendered = await engine.rendered(prompt)
     found: list[Finished] = []
@@ -92,16 +114,13 @@ async def rollout(call: Call, raw_request: Request) -> JSONResponse:
     return JSONResponse(protocol.answer_to_json(found[0].answer(0, engine.dtype, engine.width)))
 
 
-def _params(fields: dict[str, Any]) -> SamplingParams:
-    for name in fields:
-        if name not in protocol.SAMPLING_FIELDS:
-            raise VLLMValidationError(
-                f"{protocol.SAMPLING} has no field {name!r} here: it takes {', '.join(protocol.SAMPLING_FIELDS)}."
-            )
+def _call(body: Any) -> Call:
     try:
-        return SamplingParams(**fields, output_kind=RequestOutputKind.FINAL_ONLY)
-    except (TypeError, ValueError) as error:
-        raise VLLMValidationError(f"{protocol.SAMPLING}: {error}") from error
+        return Call.model_validate(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "body"
+        raise VLLMValidationError(f"{where}: {first['msg'].lower()}.") from error
 
 
 # ---- vLLM's routes

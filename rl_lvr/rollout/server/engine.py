@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import Future
 from typing import Any
 
 import httpx
+from anyio.from_thread import start_blocking_portal
 from torch import nn
 
 from rl_lvr.errors import UserError
@@ -42,20 +44,12 @@ class ServerRolloutEngine:
         self.progress = progress
         self.capabilities = frozenset(Capability)
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        self._timeout = httpx.Timeout(timeout, connect=10.0)
-        self._client = self._connect()
+        self._timeout = httpx.Timeout(timeout, connect=10.0, pool=None)
         self._settings = self._handshake()
         self.markers = self._settings.markers
 
-    def _connect(self) -> httpx.Client:
-        limits = httpx.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
-        try:
-            return httpx.Client(base_url=self.url, headers=self._headers, timeout=self._timeout, limits=limits)
-        except httpx.InvalidURL as error:
-            raise UserError(f"{self.url!r} is no address ({error}): write http://HOST:PORT.") from error
-
     def _handshake(self) -> LatentSettings:
-        status = self._ask("GET", protocol.STATUS)
+        (status,) = self._ask("GET", protocol.STATUS, [None])
         if status.get("version") != protocol.VERSION:
             raise UserError(
                 f"{self.url} speaks version {status.get('version')} of the protocol, this rl-lvr version "
@@ -85,7 +79,7 @@ class ServerRolloutEngine:
             calls.check(index, request, self._settings)
         seeds = request_seeds(requests, sampling)
         bodies = [self._body(i, r, seed, sampling) for i, (r, seed) in enumerate(zip(requests, seeds, strict=True))]
-        answers = self._answers(bodies)
+        answers = self._ask("POST", protocol.ROLLOUT, bodies)
         width = self._settings.limits.hidden_size
         return [
             calls.rollout_of(
@@ -100,41 +94,46 @@ class ServerRolloutEngine:
             prompt, request.pictures, calls.sampling_fields(request, seed, sampling, self._settings)
         )
 
-    def _answers(self, bodies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        pool = ThreadPoolExecutor(min(self.concurrency, len(bodies) or 1))
-        try:
-            futures = [pool.submit(self._call, index, body) for index, body in enumerate(bodies)]
-            with task("generate", len(bodies), "requests", visible=self.progress) as bar:
-                pending = set(futures)
-                while pending:
-                    done, pending = wait(pending, timeout=1.0, return_when=FIRST_EXCEPTION)
-                    bar.advance(len(done))
-                    for future in done:
-                        future.result()
-            return [future.result() for future in futures]
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            self._client.close()  # what is under way ends here, and with it on the server
-            self._client = self._connect()
-            raise
-        finally:
-            pool.shutdown()
+    def _ask(self, method: str, path: str, bodies: Sequence[Mapping[str, Any] | None]) -> list[dict[str, Any]]:
+        """In an event loop of its own, which can cut connections: a thread that waits for an answer cannot be woken."""
+        with start_blocking_portal() as portal:
+            answers: Future[list[dict[str, Any]]] = portal.start_task_soon(self._ask_all, method, path, bodies)
+            try:
+                return answers.result()
+            except BaseException:
+                answers.cancel()
+                raise
 
-    def _call(self, index: int, body: dict[str, Any]) -> dict[str, Any]:
-        try:
-            return self._ask("POST", protocol.ROLLOUT, body)
-        except UserError as error:
-            raise UserError(f"request {index}: {error}") from error
+    async def _ask_all(
+        self, method: str, path: str, bodies: Sequence[Mapping[str, Any] | None]
+    ) -> list[dict[str, Any]]:
+        limits = httpx.Limits(max_connections=self.concurrency)
+        async with httpx.AsyncClient(headers=self._headers, timeout=self._timeout, limits=limits) as client:
+            tasks = [
+                asyncio.create_task(self._ask_one(client, method, path, body, index))
+                for index, body in enumerate(bodies)
+            ]
+            try:
+                with task("generate", len(bodies), "requests", visible=self.progress) as bar:
+                    for done in asyncio.as_completed(tasks):
+                        await done
+                        bar.advance()
+            finally:
+                for one in tasks:
+                    one.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+        return [one.result() for one in tasks]
 
-    def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    async def _ask_one(
+        self, client: httpx.AsyncClient, method: str, path: str, body: Mapping[str, Any] | None, index: int
+    ) -> dict[str, Any]:
+        who = "" if body is None else f"request {index}: "
         try:
-            response = self._client.request(method, path, json=body)
+            response = await client.request(method, self.url + path, json=body)
         except httpx.TimeoutException as error:
-            raise UserError(
-                f"{self.url} did not answer in time: is the server up and is timeout long enough?"
-            ) from error
-        except (httpx.HTTPError, httpx.UnsupportedProtocol) as error:
-            raise UserError(f"{self.url} cannot be reached ({error}): is `rl-lvr serve` running there?") from error
+            raise UserError(f"{who}{self.url} did not answer in time: is it up, and is timeout long enough?") from error
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise UserError(f"{who}{self.url} cannot be reached ({error}): is `rl-lvr serve` running there?") from error
         if response.status_code == 401:
             raise UserError(f"{self.url} wants another api_key.")
         try:
@@ -142,7 +141,7 @@ class ServerRolloutEngine:
         except ValueError:
             data = None
         if not response.is_success or not isinstance(data, dict):
-            raise UserError(f"{self.url}{path} answered {response.status_code}: {_words(data)}")
+            raise UserError(f"{who}{self.url} answered {response.status_code}: {_words(data)}")
         return data
 
     # ---- weights and life
@@ -155,8 +154,7 @@ class ServerRolloutEngine:
         )
 
     def close(self) -> None:
-        """The server goes on."""
-        self._client.close()
+        """Nothing is held here, and the server goes on."""
 
 
 def _words(data: Any) -> str:

@@ -29,11 +29,6 @@ ROLLOUT = "/v1/latents/rollout"
 PROMPT = "prompt_token_ids"
 PICTURES = "pictures"
 SAMPLING = "sampling_params"
-SAMPLING_FIELDS = (
-    *("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed"),
-    *("stop", "stop_token_ids", "detokenize", "logprobs", "extra_args"),
-)
-"""Those that `calls.sampling_fields` makes; a server takes no others."""
 
 
 # ---- what is served
@@ -99,7 +94,9 @@ def answer_to_json(answer: Answer) -> dict[str, Any]:
         "finish_reason": answer.finish_reason,
         "stop_reason": answer.stop_reason,
         "dtype": str(answer.vectors.dtype).removeprefix("torch."),
-        "vectors": _text(answer.vectors.clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().tobytes()),
+        "vectors": _text(
+            answer.vectors.clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().tobytes()
+        ),
         "marks": _text(answer.marks.numpy().tobytes()),
     }
 

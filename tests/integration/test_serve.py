@@ -1,0 +1,437 @@
+"""A real server on a tiny model: rollouts over HTTP equal the reference engine's, and nobody can hurt it.
+
+The server is started once. Latents have room for 32 per request, spans of 3.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import torch
+from engine_cases import same
+from helpers import noise_image
+from vllm_cases import LENGTH, VLLMRig, opened, thinking
+
+from rl_lvr.errors import UserError
+from rl_lvr.latents.format import get_format
+from rl_lvr.latents.interventions import Intervention
+from rl_lvr.rollout.replay import check_parity
+from rl_lvr.rollout.server import protocol
+from rl_lvr.rollout.server.engine import ServerRolloutEngine
+from rl_lvr.rollout.types import Request, Sampling
+from rl_lvr.rollout.vllm import wire
+from rl_lvr.serving.launch import ServeOptions, vllm_arguments
+
+pytestmark = pytest.mark.timeout(600)
+LVR = get_format("lvr", k=3)
+ROOM = 32
+CLOSE = 1e-3
+"""Untrained weights blow rounding up from latent to latent (docs/engines.md); the replay holds each step to 1e-4."""
+GREEDY = Sampling(max_tokens=14, temperature=0.0)
+FLAGS = {
+    "max-model-len": LENGTH,
+    "max-num-seqs": 8,
+    "dtype": "float32",
+    "num-gpu-blocks-override": 256,
+    "limit-mm-per-prompt": '{"image": 2, "video": 0}',
+}
+
+
+class Server:
+    """A process of `rl-lvr serve`."""
+
+    def __init__(self, folder: Path, log: Path) -> None:
+        self.folder, self.log = folder, log
+        flags = [word for name, value in FLAGS.items() for word in (f"--{name}", str(value))]
+        command = [sys.executable, "-m", "rl_lvr.cli", "serve", str(folder), "--port", "0", "--enforce-eager", *flags]
+        with log.open("wb") as out:
+            self.process = subprocess.Popen(
+                [*command, "--format", "lvr", "--k", "3", "--max-latents", str(ROOM)],
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
+
+    def wait_for(self, words: str, seconds: float = 300) -> re.Match[str]:
+        """Until the server has said this."""
+        end = time.monotonic() + seconds
+        while (found := re.search(words, self.log.read_text())) is None:
+            assert self.process.poll() is None, self.log.read_text()[-5000:]
+            assert time.monotonic() < end, f"not within {seconds} s: {words}\n{self.log.read_text()[-5000:]}"
+            time.sleep(0.2)
+        return found
+
+    def ready(self) -> None:
+        self.url = self.wait_for(r"ready after \d+ s at (http://127\.0\.0\.1:\d+) ")[1]
+
+    def interrupt(self) -> int:
+        """Ctrl-C, which a terminal sends to children too; the exit code, once no child is left."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        os.killpg(self.process.pid, signal.SIGINT)
+        code = self.process.wait(60)
+        _, alive = psutil.wait_procs(children, timeout=10)
+        assert not alive
+        return code
+
+    def post(self, path: str, body: dict[str, Any]) -> httpx.Response:
+        return httpx.post(self.url + path, json=body, timeout=120)
+
+    def tables(self) -> dict[str, int]:
+        (worker,) = httpx.get(self.url + protocol.STATUS, timeout=60).json()["workers"]
+        return worker["tables"]
+
+
+@pytest.fixture(scope="module")
+def rig(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> VLLMRig:
+    return VLLMRig(thinking(tiny_folder, tmp_path_factory.mktemp("serve"), "qwen2_5_vl"))
+
+
+@pytest.fixture(scope="module")
+def server(rig: VLLMRig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(rig.folder, tmp_path_factory.mktemp("log") / "server.log")
+    try:
+        server.ready()
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.interrupt()
+
+
+@pytest.fixture(scope="module")
+def engine(server: Server, rig: VLLMRig) -> Iterator[ServerRolloutEngine]:
+    engine = ServerRolloutEngine(server.url, rig.processor, LVR)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def empty_afterwards(server: Server) -> Iterator[None]:
+    """Nothing of a test's requests stays in the worker."""
+    yield
+    within(5, lambda: not any(server.tables().values()))
+
+
+def within(seconds: float, happens: Callable[[], bool]) -> None:
+    end = time.monotonic() + seconds
+    while not happens():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.05)
+
+
+# ---- the client engine
+
+
+def test_the_server_tells_its_state(server: Server, engine: ServerRolloutEngine) -> None:
+    assert httpx.get(server.url + "/health").status_code == 200
+    status = httpx.get(server.url + protocol.STATUS).json()
+    assert status["ready"]
+    assert status["model"] == str(server.folder)
+    (worker,) = status["workers"]
+    assert worker["counters"]["planted_rows"] == 3, "the self-test of the start"
+    assert engine.markers.format == LVR
+
+
+@pytest.mark.usefixtures("empty_afterwards")
+def test_rollouts_are_those_of_the_reference_engine(rig: VLLMRig, engine: ServerRolloutEngine) -> None:
+    assert engine.markers.start is not None
+    requests = opened(rig.requests(), engine.markers.start)
+    rollouts = engine.generate(requests, GREEDY)
+    wanted = rig.engine(LVR).generate(requests, GREEDY)
+    assert [r.completion_ids for r in rollouts] == [r.completion_ids for r in wanted]
+    assert all(same(mine, theirs, CLOSE) for mine, theirs in zip(rollouts, wanted, strict=True))
+    assert not same(replace(rollouts[0], latents=rollouts[0].latents + 1e-2), wanted[0], CLOSE)
+    report = check_parity(engine, rig.model, requests, GREEDY, rollouts=rollouts)
+    assert report.passes(), report
+
+
+@pytest.mark.usefixtures("empty_afterwards")
+def test_sampled_rollouts_with_noise_pass_the_replay(rig: VLLMRig, engine: ServerRolloutEngine) -> None:
+    requests = opened(rig.requests(), engine.markers.start or 0)
+    sampling = Sampling(max_tokens=12, temperature=1.0, sigma=0.2, seed=7)
+    rollouts = engine.generate(requests, sampling)
+    report = check_parity(engine, rig.model, requests, sampling, rollouts=rollouts)
+    assert report.passes(), report
+    silent = [replace(r, sigma=0.0) for r in rollouts]
+    assert not check_parity(engine, rig.model, requests, sampling, rollouts=silent).passes(), "the noise is seen"
+
+
+@pytest.mark.usefixtures("empty_afterwards")
+def test_every_request_has_its_own_intervention(rig: VLLMRig, engine: ServerRolloutEngine) -> None:
+    assert engine.markers.start is not None
+    (base,) = rig.requests([([], "what is next from red")])
+    thinks = replace(base, prompt_ids=[*base.prompt_ids, engine.markers.start], seed=5)
+    reference = rig.engine(LVR)
+    (first,) = reference.generate([thinks], GREEDY)
+    cut = len(thinks.prompt_ids) + 2  # in the middle of its first span
+    requests = [
+        replace(thinks, intervention=Intervention.ZEROS),
+        replace(thinks, intervention=Intervention.NOISE),
+        replace(thinks, intervention=Intervention.MARKERS_ONLY),
+        replace(thinks, intervention=Intervention.GIVEN, vectors=torch.randn(2, 64), k=4),
+        replace(base, intervention=Intervention.SKIP),
+        replace(base, intervention=Intervention.NONE),
+        replace(base, intervention=Intervention.PLAIN_TOKENS, filler_id=base.prompt_ids[-1], k=2),
+        Request(first.ids[:cut], prompt_latents=(first.latents[:2], first.latent_positions[:2])),
+    ]
+    requests[-2] = replace(requests[-2], filler_id=rig.tokenizer.encode(" red")[0])
+    rollouts = engine.generate(requests, GREEDY)
+    wanted = reference.generate(requests, GREEDY)
+    for mine, theirs in zip(rollouts, wanted, strict=True):
+        assert same(mine, theirs, CLOSE), mine.intervention
+    continued = rollouts[-1]
+    assert continued.ids[: len(first.ids)] == first.ids[: len(continued.ids)]
+    assert rollouts[0].completion_ids != rollouts[3].completion_ids
+
+
+@pytest.mark.usefixtures("empty_afterwards")
+def test_one_request_without_room_ends_all_and_says_which(
+    server: Server, rig: VLLMRig, engine: ServerRolloutEngine
+) -> None:
+    """Also those that would go on for many tokens more."""
+    requests = opened(rig.requests(), engine.markers.start or 0)[:3]
+    requests[0] = replace(requests[0], intervention=Intervention.NONE)
+    requests[1] = replace(requests[1], k=ROOM)
+    requests[2] = replace(requests[2], intervention=Intervention.NONE)
+    with pytest.raises(UserError, match=rf"request 1: .* more than max_latents \({ROOM}\)"):
+        engine.generate(requests, replace(GREEDY, max_tokens=150))
+    within(5, lambda: not any(server.tables().values()))
+    body = {"prompt": list(requests[1].prompt_ids), "max_tokens": 60, "temperature": 0}
+    assert "raise max_latents" in refusal(server.post("/v1/completions", {**body, "vllm_xargs": {"latent_k": ROOM}}))
+
+
+def test_weights_stay(rig: VLLMRig, engine: ServerRolloutEngine) -> None:
+    with pytest.raises(UserError, match="restart the server on it"):
+        engine.sync_weights(rig.model)
+
+
+# ---- OpenAI's routes
+
+
+def complete(server: Server, prompt: Any, **more: Any) -> dict[str, Any]:
+    body = {"prompt": prompt, "max_tokens": 10, "temperature": 0, "return_token_ids": True, **more}
+    response = server.post("/v1/completions", body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def decoded(latents: dict[str, Any]) -> torch.Tensor:
+    return wire.from_text(latents["vectors"], latents["width"])
+
+
+@pytest.mark.usefixtures("empty_afterwards")
+def test_completions_return_latents_only_if_asked(server: Server, rig: VLLMRig, engine: ServerRolloutEngine) -> None:
+    (request,) = opened(rig.requests([([], "yellow"), ([], "what is next from red")]), engine.markers.start or 0)[1:]
+    prompt = list(request.prompt_ids)
+    (wanted,) = rig.engine(LVR).generate([replace(request, k=2)], replace(GREEDY, max_tokens=10))
+    (plain,) = complete(server, prompt, vllm_xargs={"latent_k": 2})["choices"]
+    assert plain["token_ids"] == list(wanted.completion_ids)
+    assert "latents" not in plain
+    (asked,) = complete(server, prompt, vllm_xargs={"latent_k": 2}, return_latents=True)["choices"]
+    assert {key: asked[key] for key in plain} == plain
+    assert asked["latents"]["positions"] == list(wanted.latent_positions)
+    assert torch.allclose(decoded(asked["latents"]), wanted.latents, atol=CLOSE)
+
+
+@pytest.mark.usefixtures("empty_afterwards")
+def test_latents_can_be_switched_off(server: Server, engine: ServerRolloutEngine) -> None:
+    """A text prompt, as any OpenAI client sends it."""
+    start = engine.markers.start
+    (on,) = complete(server, "what is next from red")["choices"]
+    (off,) = complete(server, "what is next from red", vllm_xargs={"latent_intervention": "none"})["choices"]
+    assert start in on["token_ids"]
+    assert start not in off["token_ids"]
+
+
+@pytest.mark.usefixtures("empty_afterwards")
+def test_every_choice_has_its_own_latents(server: Server, rig: VLLMRig, engine: ServerRolloutEngine) -> None:
+    (request,) = opened(rig.requests([([], "yellow"), ([], "green")]), engine.markers.start or 0)[1:]
+    prompt = list(request.prompt_ids)
+    noisy = {"seed": 3, "vllm_xargs": {"latent_sigma": 0.3}}
+    first, second = complete(server, prompt, n=2, temperature=1.0, return_latents=True, **noisy)["choices"]
+    for choice in (first, second):
+        ids = [*prompt, *choice["token_ids"]]
+        places = [i for i, token in enumerate(ids) if token == engine.markers.slot]
+        assert choice["latents"]["positions"] == places
+        assert decoded(choice["latents"]).shape == (len(places), 64)
+    assert (decoded(first["latents"])[0] - decoded(second["latents"])[0]).abs().max() > 0.1, "noise of two seeds"
+
+
+@pytest.mark.usefixtures("empty_afterwards")
+def test_chat_with_an_image(server: Server, rig: VLLMRig) -> None:
+    picture = noise_image(3, 56, 56)
+    (request,) = rig.requests([([picture], "yellow")])
+    (wanted,) = rig.engine(LVR).generate([request], replace(GREEDY, max_tokens=10))
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "yellow"}]
+    body = {"messages": [{"role": "user", "content": content}], "max_tokens": 10, "temperature": 0}
+    response = server.post("/v1/chat/completions", {**body, "return_token_ids": True, "return_latents": True})
+    assert response.status_code == 200, response.text
+    answer = response.json()
+    assert answer["prompt_token_ids"] == list(wanted.prompt_ids)
+    (choice,) = answer["choices"]
+    assert choice["token_ids"] == list(wanted.completion_ids)
+    assert choice["latents"]["positions"] == list(wanted.latent_positions)
+    assert torch.allclose(decoded(choice["latents"]), wanted.latents, atol=CLOSE)
+    assert len(wanted.latent_positions) > 0
+
+
+# ---- bad requests
+
+
+def rows(count: int, width: int = 64, value: float = 0.0) -> str:
+    return wire.to_text(torch.full((count, width), value))
+
+
+GIVEN = {"latent_intervention": "given"}
+BAD_XARGS = {
+    "unknown key": ({"latent_kk": 1}, "did you mean 'latent_k'"),
+    "wrong type": ({"latent_k": "three"}, "must be a whole number"),
+    "k 0": ({"latent_k": 0}, "k is 0; it must be above 0"),
+    "k beyond the room": ({"latent_k": ROOM + 1}, "raise max_latents"),
+    "sigma": ({"latent_sigma": -1.0}, "latent_sigma is -1"),
+    "intervention": ({"latent_intervention": "dream"}, "choose own"),
+    "no vectors": (GIVEN, "needs vectors of shape"),
+    "vectors for nobody": ({"latent_vectors": rows(1)}, "takes no vectors"),
+    "width": ({**GIVEN, "latent_vectors": rows(1, 63)}, "no rows of 64 float32"),
+    "garbage": ({**GIVEN, "latent_vectors": "?" * 40}, "must be base64"),
+    "not finite": ({**GIVEN, "latent_vectors": rows(2, value=float("nan"))}, "finite"),
+    "too many": ({**GIVEN, "latent_vectors": rows(ROOM + 1)}, "raise max_latents"),
+    "positions alone": ({"latent_prompt_positions": [1]}, "go together"),
+    "a uid": ({"latent_uid": "mine"}, "is the server's own"),
+}
+BAD_BODIES = {
+    "beside vllm_xargs": ({"latent_k": 2}, "belongs into vllm_xargs"),
+    "not a switch": ({"return_latents": "yes"}, "must be true or false"),
+    "streamed": ({"return_latents": True, "stream": True}, "leave stream out"),
+    "two prompts": ({"return_latents": True, "prompt": ["red", "blue"]}, "send the 2 prompts singly"),
+    "a slot without its vector": ({"prompt": "red <|lvr_start|><|lvr|>"}, "gives no vector"),
+    "structure": ({"response_format": {"type": "json_object"}}, "structured outputs"),
+}
+GOOD_CALL = {"prompt_token_ids": [20, 21], "sampling_params": {"max_tokens": 2, "temperature": 0.0, "logprobs": 0}}
+BAD_CALLS = {
+    "field": ({"prompt": "red"}, "prompt: extra inputs"),
+    "type": ({"prompt_token_ids": ["red"]}, "prompt_token_ids"),
+    "empty": ({"prompt_token_ids": []}, "empty"),
+    "vocabulary": ({"prompt_token_ids": [10**6]}, "10\\d* is"),
+    "picture": ({"pictures": ["AAAA"]}, "no PNG, JPEG or WebP"),
+    "sampling field": ({"sampling_params": {"max_tokens": 2, "n": 2}}, "sampling_params.n: extra inputs"),
+    "sampling value": ({"sampling_params": {"max_tokens": 2, "temperature": -1.0}}, "temperature"),
+    "sampling type": ({"sampling_params": {"max_tokens": "many"}}, "max_tokens: input should be a valid integer"),
+}
+
+
+def refusal(response: httpx.Response) -> str:
+    assert 400 <= response.status_code < 500, response.text
+    return response.json()["error"]["message"]
+
+
+@pytest.mark.usefixtures("empty_afterwards")
+def test_bad_requests_are_refused_in_a_sentence(server: Server) -> None:
+    good = {"prompt": "red", "max_tokens": 2, "temperature": 0}
+    cases = [({**good, "vllm_xargs": extra}, words) for extra, words in BAD_XARGS.values()]
+    cases += [({**good, **changes}, words) for changes, words in BAD_BODIES.values()]
+    assert server.post("/v1/completions", good).status_code == 200
+    for body, words in cases:
+        told = refusal(server.post("/v1/completions", body))
+        assert re.search(words, told), (body, told)
+        assert "\n" not in told
+        assert len(told) < 400
+    messages = {"messages": [{"role": "user", "content": "red"}], "max_tokens": 2}
+    assert "belongs into" in refusal(server.post("/v1/chat/completions", {**messages, "latent_k": 2}))
+    assert "did you mean" in refusal(server.post("/v1/chat/completions", {**messages, "vllm_xargs": {"latent_kk": 2}}))
+
+
+@pytest.mark.usefixtures("empty_afterwards")
+def test_bad_rollout_calls_are_refused(server: Server) -> None:
+    assert server.post(protocol.ROLLOUT, GOOD_CALL).status_code == 200
+    for changes, words in BAD_CALLS.values():
+        told = refusal(server.post(protocol.ROLLOUT, {**GOOD_CALL, **changes}))
+        assert re.search(words, told), (changes, told)
+
+
+# ---- clients that go away
+
+
+@pytest.mark.usefixtures("empty_afterwards")
+def test_a_killed_client_leaves_nothing(server: Server, rig: VLLMRig, engine: ServerRolloutEngine) -> None:
+    (request,) = opened(rig.requests([([], "yellow"), ([], "green")]), engine.markers.start or 0)[1:]
+    fields = {"max_tokens": 200, "temperature": 0.0, "logprobs": 0}
+    call = protocol.call_to_json(request.prompt_ids, [], fields)
+    completion = {"prompt": list(request.prompt_ids), "max_tokens": 200, "temperature": 0, "return_latents": True}
+    dying = [begin(server, protocol.ROLLOUT, call), begin(server, "/v1/completions", completion)]
+    within(30, lambda: server.tables()["live"] == 2)  # the control: while they live, the worker owes them latents
+    for connection in dying:
+        connection.close()
+    within(5, lambda: not any(server.tables().values()))  # far sooner than 200 tokens
+
+
+def begin(server: Server, path: str, body: dict[str, Any]) -> socket.socket:
+    """Send a request and do not wait for its answer."""
+    url = httpx.URL(server.url)
+    data = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: {url.host}\r\nContent-Type: application/json\r\n"
+    connection = socket.create_connection((url.host, url.port or 80))
+    connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+    return connection
+
+
+# ---- how it starts and ends
+
+
+@pytest.mark.parametrize(
+    ("flags", "options", "words"),
+    [
+        (["--headless"], {}, "--headless cannot be used here"),
+        (["--additional-config", '{"latent": {}}'], {}, "use --format and --max-latents"),
+        ([], {"format": None}, "name one with --format"),
+        ([], {"max_latents": 0}, "must be at least 1"),
+        (["--enable-log-outputs"], {}, "requires --enable-log-requests"),
+    ],
+    ids=["headless", "additional config", "no format", "no room", "vllm's own"],
+)
+def test_settings_that_cannot_be_are_refused(
+    rig: VLLMRig, flags: list[str], options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        vllm_arguments(ServeOptions(str(rig.folder), **{"format": "lvr", **options}), flags, 8000)
+
+
+def test_development_routes_are_not_opened_to_the_world(
+    rig: VLLMRig, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert server.post("/collective_rpc", {"method": "latent_status"}).status_code == 404
+    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
+    vllm_arguments(ServeOptions(str(rig.folder), format="lvr"), [], 8000)
+    with pytest.raises(UserError, match="VLLM_SERVER_DEV_MODE"):
+        vllm_arguments(ServeOptions(str(rig.folder), format="lvr", host="0.0.0.0"), [], 8000)
+
+
+def test_ctrl_c_ends_the_server_and_its_children(server: Server) -> None:
+    assert server.interrupt() == 0
+    assert "rl-lvr: ended." in server.log.read_text()
+
+
+def test_ctrl_c_ends_a_server_that_is_still_starting(rig: VLLMRig, tmp_path: Path) -> None:
+    server = Server(rig.folder, tmp_path / "server.log")
+    server.wait_for("starting the engine")
+    time.sleep(2)
+    assert server.interrupt() == 130
+    assert "rl-lvr: interrupted." in server.log.read_text()
