@@ -384,3 +384,19 @@ def test_blocks_of_latents_are_private_in_the_prefix_cache(text, monkeypatch):
             monkeypatch.setattr(prefix, "latent_keys", lambda request, start, end: [])
         text.vllm.generate([replace(requests[1], seed=3)], replace(LONG, max_tokens=60))
         assert torch.allclose(ask(), cold, atol=1e-4) is private
+
+
+def test_every_hook_is_there_and_a_missing_one_is_named(monkeypatch):
+    from rl_lvr.rollout.vllm import guards
+
+    guards.check_hooks()
+    gone = (
+        ("vllm.v1.worker.gpu.model_states.default", "DefaultModelState.prepare_embeddings", ()),
+        ("vllm.v1.worker.gpu.sample.sampler", "Sampler.__call__", ("hidden",)),
+        ("vllm.v2.engine", "LLMEngine", ()),
+    )
+    monkeypatch.setattr(guards, "HOOKS", gone)
+    with pytest.raises(UserError) as refusal:
+        guards.check_hooks()
+    for name in ("DefaultModelState.prepare_embeddings", "Sampler.__call__(hidden)", "vllm.v2.engine.LLMEngine"):
+        assert name in str(refusal.value)

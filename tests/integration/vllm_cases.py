@@ -40,9 +40,6 @@ def use_cpu_runtime() -> None:
         VLLM_NO_USAGE_STATS="1",
         VLLM_LOGGING_LEVEL="WARNING",
     )
-    from vllm.v1.sample.ops import topk_topp_sampler
-
-    topk_topp_sampler.HAS_TRITON = False  # its kernel does not run in Triton's interpreter: the one in torch does
 
 
 if CPU:
@@ -109,8 +106,12 @@ class VLLMRig(Rig):
         return [replace(r, pictures=tuple(images)) for r, (images, _) in zip(made, rows, strict=True)]
 
     def vllm(self, format_: LatentFormat, **more: Any) -> Any:
+        from vllm.v1.sample.ops import topk_topp_sampler
+
         from rl_lvr.rollout.vllm.engine import VLLMRolloutEngine
 
+        if CPU:  # vLLM's top-p kernel does not run in Triton's interpreter; what it has for the purpose in torch does
+            topk_topp_sampler.HAS_TRITON = False
         engine_args = {
             "enforce_eager": True,
             "num_gpu_blocks_override": 256,

@@ -62,9 +62,18 @@ def check(index: int, request: Request, settings: LatentSettings) -> None:
 
 
 def checked_args(
-    where: str, extra_args: dict[str, Any] | None, prompt: Sequence[int], seed: int, settings: LatentSettings
+    where: str,
+    extra_args: dict[str, Any] | None,
+    prompt: Sequence[int],
+    seed: int,
+    settings: LatentSettings,
+    *,
+    structured: bool = False,
 ) -> wire.LatentArgs:
-    """What `extra_args` ask for at a prompt that vLLM has expanded; UserError, naming `where`, if impossible."""
+    """What `extra_args` ask for at a prompt that vLLM has expanded; UserError, naming `where`, if impossible.
+
+    `structured`: a grammar binds the output, and would lose its place at the first forced token.
+    """
     limits, markers = settings.limits, settings.markers
     try:
         args = wire.decode(extra_args, prompt, seed, limits.hidden_size)
@@ -77,6 +86,11 @@ def checked_args(
         raise UserError(
             f"request {where}: the prompt ends in a start token whose own embedding is a latent (before_start): leave "
             f"that token out and send {wire.OPENS} = 1."
+        )
+    if structured and args.request.intervention is not Intervention.NONE:
+        raise UserError(
+            f"request {where}: latents cannot be combined with structured outputs: send {wire.INTERVENTION} = 'none', "
+            "or leave the structure out."
         )
     return args
 
@@ -110,6 +124,22 @@ def sampling_fields(
         "logprobs": 0,
         "extra_args": wire.encode(wire.LatentArgs(request, sampling.sigma, uid, opens)),
     }
+
+
+def answer_of(output: Any, which: int, vectors: bytes, marks: bytes, dtype: torch.dtype, width: int) -> Answer:
+    """Completion `which` of vLLM's RequestOutput, with its latents and marks as the worker sends them."""
+    completion = output.outputs[which]
+    tokens = list(completion.token_ids)
+    rows = [] if completion.logprobs is None else zip(completion.logprobs, tokens, strict=True)
+    return Answer(
+        prompt_ids=output.prompt_token_ids,
+        token_ids=tokens,
+        logprobs=torch.tensor([row[token].logprob for row, token in rows], dtype=torch.float32),
+        finish_reason=completion.finish_reason,
+        stop_reason=completion.stop_reason,
+        vectors=vectors_of(vectors, dtype, width),
+        marks=marks_of(marks)[: len(output.prompt_token_ids) + len(tokens)],
+    )
 
 
 def rollout_of(

@@ -1,4 +1,4 @@
-"""The sampler's part: what may not be drawn, and the decision between END and one more latent.
+"""Around vLLM's sampler, and the two logits of the decision to end a span.
 
 vLLM draws a token for every row; `LatentModelState` then writes over the rows whose token is not vLLM's to choose.
 So no logits-sized tensor is ever made here, and no filter or penalty of a request reaches into a span.
@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.triton_utils import tl, triton
-
-from rl_lvr.rollout import sampling as draws
 
 
 class LatentSampler:
@@ -67,24 +65,3 @@ def end_or_rest(logits: Tensor, inside: Tensor, end: int, output: Tensor) -> Non
     _end_or_rest_kernel[(len(logits),)](
         output, logits, logits.stride(0), inside.to(torch.int8), end, logits.shape[1], BLOCK=1024
     )
-
-
-def warp_pairs(pairs: Tensor, temperature: Tensor, min_p: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """`rollout.sampling.warp` of two logits per row, [N, 2], where every row has settings of its own. [N] each."""
-    greedy = temperature == 0
-    scaled = pairs / torch.where(greedy, 1.0, temperature)[:, None]
-    likelier = scaled.amax(-1, keepdim=True)
-    dropped = scaled < likelier + torch.log(min_p)[:, None]
-    dropped |= (top_k == 1)[:, None] & (scaled < likelier)
-    warped = scaled.masked_fill(dropped, float("-inf"))
-    rest = warped.softmax(-1)
-    first = torch.stack((warped[:, 0] <= warped[:, 1], warped[:, 0] > warped[:, 1]), -1)
-    dropped = (top_p < 1)[:, None] & first & (rest <= (1 - top_p)[:, None])
-    return torch.where(greedy[:, None], pairs, warped.masked_fill(dropped, float("-inf")))
-
-
-def draw_pairs(pairs: Tensor, greedy: Tensor, seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """0 (END) or 1 per row and its log-prob, by the numbers that the reference engine uses. [N] each."""
-    index, logprobs = draws.draw(pairs, seeds, positions, greedy=False)
-    best, best_logprobs = draws.draw(pairs, seeds, positions, greedy=True)
-    return torch.where(greedy, best, index), torch.where(greedy, best_logprobs, logprobs)

@@ -27,8 +27,9 @@ from rl_lvr.rollout.spanstate import NOT_FORCED
 from rl_lvr.rollout.types import Request
 from rl_lvr.rollout.vllm import guards, wire
 from rl_lvr.rollout.vllm.calls import checked_args
+from rl_lvr.rollout.vllm.decisions import draw_pairs, warp_pairs
 from rl_lvr.rollout.vllm.history import History, Live
-from rl_lvr.rollout.vllm.sampler import LatentSampler, draw_pairs, end_or_rest, warp_pairs
+from rl_lvr.rollout.vllm.sampler import LatentSampler, end_or_rest
 from rl_lvr.rollout.vllm.settings import LatentSettings
 from rl_lvr.rollout.vllm.slots import END, FED, FORCED, SLOT, START, SlotTables
 
@@ -73,7 +74,8 @@ class LatentModelState(DefaultModelState):
         banned = set(markers.never_sampled)
         if markers.start is not None and not self.settings.thinks:
             banned.add(markers.start)
-        self._banned = torch.tensor(sorted(banned), dtype=torch.long, device=device)
+        self._never = torch.tensor(sorted(banned), dtype=torch.long)
+        self._banned = self._never.to(device, copy=True)
         self._pairs = torch.zeros(self.max_num_reqs, 2, device=device)
         size = self.settings.history_bytes(self.max_num_reqs, torch.finfo(self.dtype).bits // 8)
         logger.info(
@@ -93,6 +95,7 @@ class LatentModelState(DefaultModelState):
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         super().add_request(req_index, new_req_data)
+        self._banned.copy_(self._never)  # vLLM's deep sleep (level 2) throws away what the device held
         request_id, prompt_len = new_req_data.req_id, new_req_data.prompt_len
         ids = list(new_req_data.prefill_token_ids)
         sampling = new_req_data.sampling_params

@@ -1,0 +1,73 @@
+"""What the vLLM engine refuses at start, each with its cure, and the hooks of vLLM that it stands on."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from rl_lvr.errors import UserError
+from rl_lvr.latents.format import FormatIds, get_format
+from rl_lvr.rollout.vllm import guards
+
+MARKERS = FormatIds(get_format("lvr"), 7, 8, 9)
+
+
+def config(**changes):
+    parallel = {
+        "pipeline_parallel_size": 1,
+        "decode_context_parallel_size": 1,
+        "prefill_context_parallel_size": 1,
+        "enable_dbo": False,
+        "enable_batch_sharded_sampling": False,
+    }
+    plain = {"use_v2_model_runner": True, "speculative_config": None}
+    model = SimpleNamespace(runner_type=changes.pop("runner_type", "generate"))
+    own = {key: changes.pop(key) for key in list(changes) if key in plain}
+    return SimpleNamespace(parallel_config=SimpleNamespace(**parallel | changes), model_config=model, **plain | own)
+
+
+@pytest.mark.parametrize(
+    ("changes", "cure"),
+    [
+        ({"use_v2_model_runner": False}, "remove VLLM_USE_V2_MODEL_RUNNER=0"),
+        ({"pipeline_parallel_size": 2}, "use tensor_parallel_size"),
+        ({"decode_context_parallel_size": 2}, "set decode_context_parallel_size"),
+        ({"prefill_context_parallel_size": 2}, "prefill_context_parallel_size to 1"),
+        ({"enable_dbo": True}, "set enable_dbo to false"),
+        ({"enable_batch_sharded_sampling": True}, "set enable_batch_sharded_sampling to false"),
+        ({"speculative_config": object()}, "leave speculative_config out"),
+        ({"runner_type": "pooling"}, "start the engine to generate"),
+    ],
+)
+def test_settings_that_lose_latents_are_refused(changes, cure):
+    guards.check_config(config())
+    with pytest.raises(UserError, match=f"latents do not work with.*{cure}"):
+        guards.check_config(config(**changes))
+
+
+def test_an_engine_without_input_embeddings_is_refused():
+    for cache, embeds in ((object(), False), (None, True)):
+        guards.check_embeddings(cache, SimpleNamespace(enable_prompt_embeds=embeds))
+    with pytest.raises(UserError, match="set enable_prompt_embeds to true"):
+        guards.check_embeddings(None, SimpleNamespace(enable_prompt_embeds=False))
+
+
+@pytest.mark.parametrize("version", ["0.30.0", "0.31.0+cpu", "0.33.1"])
+def test_versions_inside_the_window(version):
+    guards.check_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.29.1", "0.34.0", "0.34.0rc1", "1.0"])
+def test_versions_outside_the_window(version):
+    with pytest.raises(UserError, match=f"vLLM {version} is outside"):
+        guards.check_version(version)
+
+
+def test_a_worker_without_the_plugin_is_noticed():
+    ready = {"ready": True, "model": "LatentQwen2", "markers": [7, 8, 9]}
+    guards.check_workers([ready, ready], MARKERS)
+    with pytest.raises(UserError, match="not at work in vLLM's worker 1, which runs Qwen2ForCausalLM"):
+        guards.check_workers([ready, {"ready": False, "model": "Qwen2ForCausalLM"}], MARKERS)
+    with pytest.raises(UserError, match="save the processor beside the model"):
+        guards.check_workers([ready | {"markers": [1, 2, 3]}], MARKERS)

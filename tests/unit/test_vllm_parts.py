@@ -1,0 +1,218 @@
+"""Parts of the vLLM engine that need no engine: decisions, prompts, tables, receipts, settings."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rl_lvr.errors import UserError
+from rl_lvr.latents.format import FormatIds, get_format
+from rl_lvr.latents.interventions import Intervention
+from rl_lvr.rollout import sampling as draws
+from rl_lvr.rollout.checks import Limits
+from rl_lvr.rollout.types import Request, Sampling
+from rl_lvr.rollout.vllm import settings as settings_module
+from rl_lvr.rollout.vllm.decisions import warp_pairs
+from rl_lvr.rollout.vllm.history import History, Live
+from rl_lvr.rollout.vllm.prompts import collapse
+from rl_lvr.rollout.vllm.settings import LatentSettings, as_config
+from rl_lvr.rollout.vllm.slots import END, FED, FORCED, SLOT, START, SlotTables
+from rl_lvr.rollout.vllm.weights import Receipt, checkpoint_weights
+from rl_lvr.rollout.vllm.wire import LatentArgs
+
+MARKERS = FormatIds(get_format("lvr", k=3), 7, 8, 9)
+LIMITS = Limits(4, 50, 40, -1, frozenset({0}))
+
+
+def settings(markers=MARKERS):
+    return LatentSettings(markers, LIMITS, (0,), 6, True, False, None)
+
+
+def params(**more):
+    return SimpleNamespace(**{"temperature": 1.0, "min_p": 0.0, "top_p": 1.0, "top_k": 0, **more})
+
+
+# ---- the decision to end a span
+
+logits = st.floats(-20, 20, width=32)
+rules = st.tuples(
+    st.sampled_from([0.0, 0.5, 1.0, 1.7]),
+    st.sampled_from([0.0, 0.1, 0.9]),
+    st.sampled_from([0, 1, 2]),
+    st.sampled_from([0.3, 0.8, 1.0]),
+)
+
+
+@given(rows=st.lists(st.tuples(logits, logits, rules), min_size=1, max_size=6))
+def test_pairs_are_warped_row_by_row_as_the_reference_warps_a_batch(rows):
+    pairs = torch.tensor([row[:2] for row in rows])
+    temperature, min_p, top_k, top_p = (torch.tensor(column) for column in zip(*(row[2] for row in rows), strict=True))
+    ours = warp_pairs(pairs, temperature, min_p, top_k, top_p)
+    for i, (*_, (t, m, k, p)) in enumerate(rows):
+        theirs = draws.warp(pairs[i : i + 1], Sampling(temperature=t, min_p=m, top_k=k, top_p=p))[0]
+        assert torch.equal(ours[i].isinf(), theirs.isinf()) or pairs[i, 0] == pairs[i, 1]
+        kept = ~theirs.isinf() & ~ours[i].isinf()
+        assert torch.allclose(ours[i][kept], theirs[kept], atol=1e-5)
+
+
+# ---- prompts
+
+
+def test_image_tokens_are_collapsed_to_one_per_picture():
+    assert collapse(0, [1, 3, 6, 6, 4, 3, 6, 4, 2], 6, 2, None) == [1, 3, 6, 4, 3, 6, 4, 2]
+    assert collapse(0, [1, 3, 6, 6, 4, 3, 6, 4, 2], 6, 2, (3, 4)) == [1, 6, 6, 2]
+    assert collapse(0, [1, 6, 6, 6, 6, 2], 6, 2, None) == [1, 6, 6, 2]  # pictures side by side
+    with pytest.raises(UserError, match="request 5: its prompt has 2 groups of image tokens for 3 pictures"):
+        collapse(5, [6, 1, 6], 6, 3, None)
+
+
+# ---- tables and history
+
+
+def test_a_slot_forgets_its_last_request():
+    tables = SlotTables(settings(), 2, torch.float32, torch.device("cpu"))
+    tables.marks[1] = FED
+    tables.span.inside[1] = tables.feed[1] = tables.broken[1] = True
+    tables.add(1, LatentArgs(Request([1, 2], seed=3)), params(), broken=False)
+    assert not tables.marks[1].any()
+    assert not any(bool(table[1]) for table in (tables.span.inside, tables.feed, tables.broken))
+    tables.add(1, LatentArgs(Request([1, 7], k=2)), params(), broken=False)
+    assert tables.span.inside[1]
+    assert tables.span.k[1] == 2
+
+
+@pytest.mark.parametrize("kept", range(8))
+def test_a_request_resumes_where_its_tokens_leave_it(kept):
+    """Prompt of 2, then text, START, SLOT x 3, END, text; plain tokens stand as filler."""
+    kinds = [0, START, SLOT, SLOT, SLOT, END, 0]
+    for kind, fed in ((Intervention.OWN, True), (Intervention.PLAIN_TOKENS, False)):
+        tables = SlotTables(settings(), 2, torch.float32, torch.device("cpu"))
+        tables.add(0, LatentArgs(Request([1, 2], intervention=kind, filler_id=5)), params(), broken=False)
+        ids = [1, 2, 4, *([7, 8, 8, 8, 9] if fed else [5] * 5), 4][: 2 + kept]
+        marks = torch.zeros(40, dtype=torch.int8)
+        for i, mark in enumerate(kinds):
+            marks[2 + i] = mark | (FED if fed and mark == SLOT else 0) | (FORCED if mark in (SLOT, END) else 0)
+        vectors = torch.arange(24.0).reshape(6, 4)
+        places = tables.resume(0, ids, 2, marks, vectors)
+        slots = kinds[:kept].count(SLOT)
+        assert int(tables.span.total[0]) == slots
+        assert bool(tables.span.inside[0]) == (kept > 1 and kept < 6)
+        assert int(tables.span.fed[0]) == (slots if 1 < kept < 6 else 0)
+        assert places.tolist() == ([4 + i for i in range(slots)] if fed else [])
+        assert torch.equal(tables.history[0, :slots], vectors[:slots] if fed else tables.history[0, :slots])
+        assert torch.equal(tables.marks[0, 2 : 2 + kept], marks[2 : 2 + kept])
+
+
+def history():
+    tables = SlotTables(settings(), 2, torch.float32, torch.device("cpu"))
+    tables.history.copy_(torch.arange(48.0).reshape(2, 6, 4))
+    tables.marks[:, 3:5] = SLOT | FED
+    return History(tables, "too many")
+
+
+def live(slot, uid):
+    return Live(slot, uid, prompt=2, tokens=10, latents=6)
+
+
+def test_latents_are_given_out_once_and_nothing_stays():
+    table = history()
+    table.live["r"] = live(1, "u")
+    (row,) = table.pop(["u"])["u"]
+    vectors = torch.frombuffer(bytearray(row.vectors), dtype=torch.float32).reshape(2, 4)
+    assert torch.equal(vectors, table._tables.history[1, :2])
+    assert list(row.marks[2:5]) == [0, SLOT | FED, SLOT | FED]
+    assert table.pop(["u"]) == {"u": []}
+    table.remove("r", preempted=False)  # the worker learns of the end only now
+    assert table.pop(["u"]) == {"u": []}
+    assert table.live == table.finished == table.preempted == {}
+
+
+def test_a_finished_request_waits_for_its_pop_only_if_it_has_a_uid():
+    table = history()
+    table.live |= {"named": live(0, "u"), "bare": live(1, None)}
+    table.remove("named", preempted=False)
+    table.remove("bare", preempted=False)
+    assert list(table.finished) == ["named"]
+    table.remove("other", preempted=False)
+    assert len(table.finished["named"].vectors) == 2  # trimmed to what there is
+    assert len(table.pop(["u"])["u"]) == 1
+    assert table.counts() == {"live": 0, "preempted": 0, "finished": 0}
+
+
+def test_a_preempted_request_keeps_its_latents_until_it_ends():
+    table = history()
+    table.live |= {"named": live(0, "u"), "bare": live(1, None)}
+    for name in ("named", "bare"):
+        table.remove(name, preempted=True)
+    assert table.counts()["preempted"] == 2
+    for name in ("named", "bare"):
+        table.remove(name, preempted=False)  # aborted before they ran again
+    assert (list(table.preempted), list(table.finished)) == ([], ["named"])
+
+
+def test_completions_of_one_request_are_in_order():
+    table = history()
+    for i in (10, 2, 0):
+        table.live[f"{i}_9-abc"] = live(0, "u")
+    assert [row.request_id for row in table.pop(["u"])["u"]] == ["0_9-abc", "2_9-abc", "10_9-abc"]
+
+
+def test_overflow_is_told_with_the_setting_to_raise():
+    table = history()
+    table.live["r"] = live(0, "u")
+    table._tables.broken[0] = True
+    assert table.pop(["u"])["u"][0].error == "too many"
+
+
+# ---- weights and settings
+
+
+def test_weights_of_an_adapted_model_are_those_of_the_merged_one(load_tiny):
+    from peft import LoraConfig, get_peft_model
+
+    model, _ = load_tiny("qwen2_5_vl")
+    plain = {name: value.clone() for name, value in model.state_dict().items()}
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    with checkpoint_weights(adapted, torch.float32) as (named, receipt):
+        weights = {name: value.clone() for name, value in named}
+        sent = Receipt(receipt.tensors, receipt.checksum, receipt.rows)
+    assert set(weights) == set(plain)
+    changed = {name for name in weights if not torch.equal(weights[name], plain[name])}
+    assert changed
+    assert all("q_proj" in name for name in changed)
+    with checkpoint_weights(adapted.merge_and_unload(), torch.float32) as (_, merged):
+        assert merged.agrees(sent)
+    assert not Receipt(sent.tensors - 1, sent.checksum, sent.rows).agrees(sent)
+    assert not Receipt(sent.tensors, sent.checksum * 1.001, sent.rows).agrees(sent)
+    assert not Receipt(sent.tensors, sent.checksum, sent.rows * 1.001).agrees(sent)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ({"max_latents": 3}, "must be an object with the key format"),
+        ({"format": "lvr", "max_latent": 3}, "did you mean 'max_latents'"),
+        ({"format": {"nam": "x"}}, "is no latent format"),
+        ({"format": "lvrr"}, "did you mean 'lvr'"),
+    ],
+)
+def test_faulty_additional_config_is_refused(value, words):
+    with pytest.raises(UserError, match=words):
+        settings_module._given(value)
+
+
+def test_settings_travel_as_plain_values(tiny_folder):
+    import json
+
+    format_ = get_format("lvr", k=5, length="free")
+    sent = json.loads(json.dumps(as_config(format_, 9)))["latent"]
+    assert settings_module._given(sent) == (format_, 9)
+
+
+def test_without_a_format_the_plugin_stays_out_of_the_way(tiny_folder):
+    model = SimpleNamespace(model=str(tiny_folder("qwen2_5_vl")))
+    assert settings_module.settings_of(SimpleNamespace(additional_config={}, model_config=model)) is None
