@@ -221,17 +221,16 @@ def main() -> None:
             scoring.gate()
             taken = time_ratios(scoring, args.repeats)
             del scoring
-            peak = peaks(folder, length, args.threads)
+            print(f"T = {length}: unarmed forward {taken['unarmed_seconds'][0]:.2f} s", flush=True)
             for pair, digits in (("armed_over_unarmed", 4), ("eager_over_armed", 2)):
                 wall, cpu = taken[pair]
                 table[f"{pair}_time"][length] = round(wall, digits)
                 table[f"{pair}_cpu_time"][length] = round(cpu, digits)
+                print(f"  {pair}: wall {wall:.4f}, cpu {cpu:.4f}", flush=True)
+            peak = peaks(folder, length, args.threads)
             table["armed_over_unarmed_memory"][length] = round(peak["armed"] / peak["unarmed"], 4)
             table["eager_over_armed_memory"][length] = round(peak["eager"] / peak["armed"], 2)
-            megabytes = ", ".join(f"{side} {value / 2**20:.0f}" for side, value in peak.items())
-            print(
-                f"T = {length}: unarmed forward {taken['unarmed_seconds'][0]:.2f} s; peak MiB {megabytes}", flush=True
-            )
+            print("  peak MiB " + ", ".join(f"{side} {value / 2**20:.0f}" for side, value in peak.items()), flush=True)
     table["entropy_rel_err"] = entropy_errors()
     missed = [
         f"{name} at {length}" for name, bar in BARS.items() for length, value in table[name].items() if value > bar
