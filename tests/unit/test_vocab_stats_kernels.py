@@ -11,19 +11,21 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent
-FILES = ("test_vocab_stats.py", "test_vocab_stats_gradient.py", "vocab_stats_kernel_cases.py")
+FILES = {"test_vocab_stats.py": 25, "test_vocab_stats_gradient.py": 30, "vocab_stats_kernel_cases.py": 5}
+"""And how many tests each has at least."""
 
 
-def interpret(*arguments: str) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+def interpret(file: str) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / file)]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     return subprocess.run(words, capture_output=True, text=True, env=environment, timeout=560)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_kernels_pass_what_plain_torch_passes() -> None:
-    done = interpret(*(str(FOLDER / name) for name in FILES))
+@pytest.mark.parametrize("file", FILES)
+def test_the_kernels_pass_what_plain_torch_passes(file: str) -> None:
+    done = interpret(file)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 60
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= FILES[file]
     assert "skipped" not in done.stdout
