@@ -19,7 +19,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from rl_lvr.errors import UserError
 from rl_lvr.rollout.vllm import guards, wire
-from rl_lvr.rollout.vllm.calls import Answer, checked_args, marks_of, vectors_of
+from rl_lvr.rollout.vllm.calls import Answer, answer_of, checked_args
 from rl_lvr.rollout.vllm.settings import LatentSettings, settings_of
 
 
@@ -41,19 +41,8 @@ class Finished:
     latents: list[Fetched]
 
     def answer(self, index: int, dtype: torch.dtype, width: int) -> Answer:
-        """Completion `index`; its log-probs, if it has any, are those of the drawn tokens."""
-        completion, fetched = self.output.outputs[index], self.latents[index]
-        tokens = list(completion.token_ids)
-        rows = completion.logprobs or []
-        return Answer(
-            prompt_ids=self.output.prompt_token_ids,
-            token_ids=tokens,
-            logprobs=torch.tensor([row[token].logprob for row, token in zip(rows, tokens, strict=False)]),
-            finish_reason=completion.finish_reason,
-            stop_reason=completion.stop_reason,
-            vectors=vectors_of(fetched.vectors, dtype, width),
-            marks=marks_of(fetched.marks)[: len(self.output.prompt_token_ids) + len(tokens)],
-        )
+        fetched = self.latents[index]
+        return answer_of(self.output, index, fetched.vectors, fetched.marks, dtype, width)
 
 
 wanted: ContextVar[list[Finished] | None] = ContextVar("wanted", default=None)
@@ -109,7 +98,7 @@ class LatentAsyncLLM(AsyncLLM):
                             kept.append(Finished(output, rows))
                         for row in rows:
                             if row.error is not None:
-                                raise VLLMValidationError(f"request {request_id}: {row.error}")
+                                raise VLLMValidationError(_named(request_id, row.error))
                     yield output
         finally:
             if not fetched:
@@ -128,15 +117,16 @@ class LatentAsyncLLM(AsyncLLM):
         if wire.UID in extra:
             raise VLLMValidationError(f"{wire.UID} is the server's own: ask for latents with return_latents instead.")
         try:
-            args = checked_args(request_id, extra, ids, params.seed or 0, self.settings)
+            return checked_args(
+                request_id,
+                extra,
+                ids,
+                params.seed or 0,
+                self.settings,
+                structured=params.structured_outputs is not None,
+            )
         except UserError as error:
             raise VLLMValidationError(str(error)) from error
-        if params.structured_outputs is not None and args.request.intervention.value != "none":
-            raise VLLMValidationError(
-                f"latents cannot be combined with structured outputs: send {wire.INTERVENTION} = 'none', or leave the "
-                "structure out."
-            )
-        return args
 
     def _may_overflow(self, args: wire.LatentArgs, params: Any) -> bool:
         """Whether a worker might have to cut this request off for want of room, which only a fetch can tell."""
@@ -154,3 +144,7 @@ class LatentAsyncLLM(AsyncLLM):
         rows = await self.collective_rpc("latent_status")
         guards.check_workers(rows, self.settings.markers)
         return rows
+
+
+def _named(request_id: str, fault: str) -> str:
+    return fault if fault.startswith("request ") else f"request {request_id}: {fault}"

@@ -376,8 +376,10 @@ def test_a_killed_client_leaves_nothing(server: Server, rig: VLLMRig, engine: Se
     fields = {"max_tokens": 200, "temperature": 0.0, "logprobs": 0}
     call = protocol.call_to_json(request.prompt_ids, [], fields)
     completion = {"prompt": list(request.prompt_ids), "max_tokens": 200, "temperature": 0, "return_latents": True}
-    dying = [begin(server, protocol.ROLLOUT, call), begin(server, "/v1/completions", completion)]
-    within(30, lambda: server.tables()["live"] == 2)  # the control: while they live, the worker owes them latents
+    # Two more than run at once, so that some die while they wait.
+    dying = [begin(server, "/v1/completions", completion), *(begin(server, protocol.ROLLOUT, call) for _ in range(9))]
+    running = int(str(FLAGS["max-num-seqs"]))
+    within(30, lambda: server.tables()["live"] == running)  # the control: while they live, the worker owes them latents
     for connection in dying:
         connection.close()
     within(5, lambda: not any(server.tables().values()))  # far sooner than 200 tokens
