@@ -134,18 +134,7 @@ class VLLMRolloutEngine:
         _, _, vectors, marks, error = row
         if error is not None:
             raise UserError(error if error.startswith("request ") else f"request {index}: {error}")
-        completion = output.outputs[which]
-        tokens = list(completion.token_ids)
-        logprobs = [entry[token].logprob for entry, token in zip(completion.logprobs, tokens, strict=True)]
-        return calls.Answer(
-            prompt_ids=output.prompt_token_ids,
-            token_ids=tokens,
-            logprobs=torch.tensor(logprobs, dtype=torch.float32),
-            finish_reason=completion.finish_reason,
-            stop_reason=completion.stop_reason,
-            vectors=calls.vectors_of(vectors, self.dtype, self.settings.limits.hidden_size),
-            marks=calls.marks_of(marks),
-        )
+        return calls.answer_of(output, which, vectors, marks, self.dtype, self.settings.limits.hidden_size)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -128,13 +128,8 @@ class LatentModelState(DefaultModelState):
         seed = zlib.crc32(request_id.encode()) if sampling.seed is None else int(sampling.seed)
         extra = sampling.extra_args or {}
         try:
-            args = checked_args(request_id, extra, prompt, seed, self.settings)
-            if sampling.structured_outputs is not None and args.request.intervention is not Intervention.NONE:
-                raise UserError(
-                    f"request {request_id}: latents cannot be combined with structured outputs: send "
-                    f"{wire.INTERVENTION} = 'none', or leave the structure out."
-                )
-            return args, None
+            structured = sampling.structured_outputs is not None
+            return checked_args(request_id, extra, prompt, seed, self.settings, structured=structured), None
         except UserError as error:
             uid = extra.get(wire.UID)
             return wire.LatentArgs(Request(prompt, seed=seed), uid=None if uid is None else str(uid)), str(error)
