@@ -38,7 +38,7 @@ from rl_lvr.rollout.types import Request, Sampling
 from rl_lvr.rollout.vllm import wire
 from rl_lvr.serving.launch import ServeOptions, vllm_arguments
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 LVR = get_format("lvr", k=3)
 ROOM = 32
 CLOSE = 1e-3
