@@ -8,7 +8,7 @@ import pytest
 import torch
 from engine_cases import FILTERED, GREEDY, SAMPLED, span_counts
 from helpers import noise_image
-from vllm_cases import VLLMRig, opened, thinking
+from vllm_cases import HostReads, NewTensors, VLLMRig, opened, thinking
 
 from rl_lvr.errors import UserError
 from rl_lvr.latents.feedback import attach_feedback
@@ -108,16 +108,24 @@ def test_latents_and_logprobs_equal_teacher_forcing(cases, name):
             assert all(close(a, b) for a, b in zip(rollouts, reference, strict=True))
 
 
-def test_bf16_is_as_close_as_bf16_in_transformers(cases, text):
-    """The yardstick: what bf16 costs in transformers itself, teacher-forced over the same tokens and latents."""
-    half = VLLMRig(text.rig.folder, dtype=torch.bfloat16)
-    engine = half.vllm(text.format, dtype="bfloat16")
+@pytest.fixture(scope="module")
+def half(cases):
+    """The text-only model in bf16. Closed with the module: vLLM's engines of one process go down together."""
+    text = cases("qwen3")
+    rig = VLLMRig(text.rig.folder, dtype=torch.bfloat16)
+    engine = rig.vllm(text.format, dtype="bfloat16")
+    yield rig, engine
+    engine.close()
+
+
+def test_bf16_is_as_close_as_bf16_in_transformers(text, half):
+    """The yardstick: what bf16 costs in transformers itself, over its own rollouts of the same requests."""
+    rig, engine = half
     requests = text.requests()
     rollouts = engine.generate(requests, SHORT)
-    engine.close()
     assert all(r.latents.dtype is torch.bfloat16 for r in rollouts)
     full = check_parity(engine, text.rig.model, requests, SHORT, rollouts=rollouts)
-    theirs = HFRolloutEngine(half.model, half.processor, text.format).generate(requests, SHORT)
+    theirs = HFRolloutEngine(rig.model, rig.processor, text.format).generate(requests, SHORT)
     yardstick = check_parity(engine, text.rig.model, requests, SHORT, rollouts=theirs)
     assert full.latents >= 10
     assert 0 < full.max_dh <= 2 * yardstick.max_dh
@@ -400,3 +408,44 @@ def test_every_hook_is_there_and_a_missing_one_is_named(monkeypatch):
         guards.check_hooks()
     for name in ("DefaultModelState.prepare_embeddings", "Sampler.__call__(hidden)", "vllm.v2.engine.LLMEngine"):
         assert name in str(refusal.value)
+
+
+# ---- the cost of a step
+
+
+def watched(monkeypatch, case, sampling, spoil=None):
+    """What our part of vLLM's steps reads on the host and makes anew, over a few spans of six requests."""
+    from rl_lvr.rollout.vllm.state import LatentModelState
+
+    requests = case.requests()
+    reads, made = HostReads(), NewTensors(len(requests) * case.vllm.settings.limits.vocabulary)
+    with monkeypatch.context() as patch:
+        for name in ("_overlay", "before_sampling", "after_sampling"):
+            original = getattr(LatentModelState, name)
+
+            def step(self, first, *rest, original=original):
+                with reads, made:
+                    if spoil is not None:
+                        spoil(first)
+                    return original(self, first, *rest)
+
+            patch.setattr(LatentModelState, name, step)
+        rollouts = case.vllm.generate(requests, sampling)
+    assert sum(span_counts(rollouts, case.markers.start)) + len(requests) // 2 >= 4
+    return reads.seen, made.seen
+
+
+def test_a_step_waits_for_nothing_and_makes_nothing_of_the_vocabularys_size(text, monkeypatch):
+    sampling = replace(SHORT, max_tokens=8, sigma=0.1)
+    assert watched(monkeypatch, text, sampling) == ([], [])
+
+    def read(first):
+        if torch.is_tensor(first):
+            float(first.flatten()[0])
+
+    def copy(first):
+        if torch.is_tensor(first):
+            first.masked_fill(first > 0, 0)
+
+    assert watched(monkeypatch, text, replace(sampling, max_tokens=2), read)[0]
+    assert watched(monkeypatch, text, replace(sampling, max_tokens=2), copy)[1]

@@ -16,6 +16,9 @@ import torch
 from engine_cases import FORMATS, SIX_ROWS, Rig
 from helpers import WORDS
 from safetensors.torch import load_file, save_file
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from rl_lvr.lab.tiny import FAMILIES
 from rl_lvr.lab.tokenizer import build_tokenizer
@@ -194,3 +197,35 @@ def thinking(tiny_folder: Any, tmp: Path, name: str, feedback: LatentFormat | No
 def opened(requests: Sequence[Request], start: int) -> list[Request]:
     """Every other prompt ends in START, so that the first latents follow at once."""
     return [replace(r, prompt_ids=[*r.prompt_ids, start]) if i % 2 else r for i, r in enumerate(requests)]
+
+
+class HostReads(TorchFunctionMode):
+    """Notes whatever makes the host wait for a number."""
+
+    _reads = frozenset({"item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "nonzero"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in self._reads:
+            self.seen.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+class NewTensors(TorchDispatchMode):
+    """Notes tensors of at least `size` numbers that were not there before."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)]
+        known = {tensor.untyped_storage().data_ptr() for tensor in given}
+        output = func(*args, **(kwargs or {}))
+        made = [leaf for leaf in tree_leaves(output) if torch.is_tensor(leaf) and leaf.numel() >= self.size]
+        self.seen += [str(func) for leaf in made if leaf.untyped_storage().data_ptr() not in known]
+        return output

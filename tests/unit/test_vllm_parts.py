@@ -214,5 +214,29 @@ def test_settings_travel_as_plain_values(tiny_folder):
 
 
 def test_without_a_format_the_plugin_stays_out_of_the_way(tiny_folder):
-    model = SimpleNamespace(model=str(tiny_folder("qwen2_5_vl")))
-    assert settings_module.settings_of(SimpleNamespace(additional_config={}, model_config=model)) is None
+    for name in (str(tiny_folder("qwen2_5_vl")), "nobody/has-this-model"):
+        config = SimpleNamespace(additional_config={}, model_config=SimpleNamespace(model=name))
+        assert settings_module.settings_of(config) is None
+
+
+def test_a_format_beside_the_checkpoint_is_used_and_not_contradicted(tiny_folder, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(tiny_folder("qwen2_5_vl"), tmp_path / "model")
+    get_format("lvr", k=5).save(folder)
+    from transformers import AutoConfig
+
+    model = SimpleNamespace(
+        model=str(folder),
+        tokenizer=str(folder),
+        trust_remote_code=False,
+        hf_config=AutoConfig.from_pretrained(folder),
+        max_model_len=64,
+        try_get_generation_config=lambda: {"eos_token_id": [1, 2]},
+    )
+    found = settings_module.settings_of(SimpleNamespace(additional_config=None, model_config=model))
+    assert found.markers.format == get_format("lvr", k=5)
+    assert {1, 2} <= set(found.eos)
+    other = as_config(get_format("lvr", first="before_start"), 4)
+    with pytest.raises(UserError, match="was trained with latent format 'lvr' \\(first: 'at_start'\\)"):
+        settings_module.settings_of(SimpleNamespace(additional_config=other, model_config=model))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rl_lvr.errors import UserError
-from rl_lvr.latents.format import FormatIds, LatentFormat, get_format
+from rl_lvr.latents.format import FORMAT_FILE, FormatIds, LatentFormat, get_format
 from rl_lvr.models.registry import family_class
 from rl_lvr.rollout.checks import Limits
 from rl_lvr.rollout.types import Request
@@ -60,13 +60,15 @@ def settings_of(vllm_config: Any) -> LatentSettings | None:
     """The settings of an engine; None if neither its configuration nor its model folder names a latent format."""
     model = vllm_config.model_config
     given = (vllm_config.additional_config or {}).get("latent")
-    if given is None:
-        format_ = LatentFormat.load(model.model)
-        if format_ is None:
-            return None
-        max_latents = MAX_LATENTS
-    else:
+    stored = _stored(model.model)
+    if given is not None:
         format_, max_latents = _given(given)
+        if stored is not None:
+            format_.check_against(stored, model.model)
+    elif stored is not None:
+        format_, max_latents = stored, MAX_LATENTS
+    else:
+        return None
     return bind(
         format_,
         model.hf_config,
@@ -83,6 +85,9 @@ def settings_for_folder(
     """What `settings_of` will find in the workers, before there are any."""
     from transformers import AutoConfig, GenerationConfig
 
+    stored = LatentFormat.load(folder)
+    if stored is not None:
+        format_.check_against(stored, folder)
     eos = None
     if (Path(folder) / "generation_config.json").is_file():
         eos = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
@@ -147,6 +152,18 @@ def check_room(request: Request, settings: LatentSettings) -> None:
         raise UserError(f"{vectors} vectors are more than max_latents ({room}): raise max_latents.")
     if k > room and request.intervention.feeds_vectors and settings.markers.format.length == "fixed":
         raise UserError(f"a span of {k} latents is longer than max_latents ({room}): raise max_latents.")
+
+
+def _stored(model: str) -> LatentFormat | None:
+    """The format beside a checkpoint in a folder, or of a hub name in the local cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(model).is_dir():
+        return LatentFormat.load(model)
+    if len(Path(model).parts) != 2:
+        return None
+    found = try_to_load_from_cache(model, FORMAT_FILE)
+    return LatentFormat.load(Path(found).parent) if isinstance(found, str) else None
 
 
 def _given(values: Any) -> tuple[LatentFormat, int]:
