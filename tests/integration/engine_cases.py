@@ -48,7 +48,7 @@ class Rig:
         for images, question in rows:
             batch = make_batch(self.processor, [(images, question)])
             inputs = self.family.image_inputs(batch) if images else {}
-            made.append(Request(batch["input_ids"][0].tolist(), inputs, **more))
+            made.append(Request(batch["input_ids"][0].tolist(), inputs, pictures=tuple(images), **more))
         return made
 
     @contextmanager

@@ -261,6 +261,27 @@ def test_pictures_and_prompt_must_belong_together(qwen):
     assert qwen.vllm.generate([request], replace(SHORT, max_tokens=2))
 
 
+def test_an_interrupted_call_leaves_nothing(text, monkeypatch):
+    requests = text.requests()
+    before = text.vllm.generate(requests, replace(GREEDY, max_tokens=6))
+    step, calls = text.vllm.llm.llm_engine.step, []
+
+    def interrupted():
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return step()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(text.vllm.llm.llm_engine, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            text.vllm.generate(requests, SHORT)
+    assert text.leftovers() == {"live": 0, "preempted": 0, "finished": 0}
+    assert not text.vllm.llm.llm_engine.has_unfinished_requests()
+    after = text.vllm.generate(requests, replace(GREEDY, max_tokens=6))
+    assert all(close(a, b) for a, b in zip(after, before, strict=True))
+
+
 def test_more_latents_than_there_is_room_for(text):
     requests = text.requests()
     with pytest.raises(UserError, match=r"a span of 40 latents is longer than max_latents \(12\)"):

@@ -96,7 +96,7 @@ class VLLMRig(Rig):
         return getattr(self.processor, "tokenizer", self.processor)
 
     def requests(self, rows: Any = None, **more: Any) -> list[Request]:
-        """As the reference engine's, with the pictures. LLaVA-OneVision gets one image per row (docs/engines.md)."""
+        """As the reference engine's. LLaVA-OneVision gets one image per row (docs/engines.md)."""
         if self.text:
             texts = [question for _, question in SIX_ROWS] if rows is None else [question for _, question in rows]
             chats = [[{"role": "user", "content": [{"type": "text", "text": text}]}] for text in texts]
@@ -105,8 +105,7 @@ class VLLMRig(Rig):
         rows = SIX_ROWS if rows is None else rows
         if self.folder.name == "llava_onevision":
             rows = [(images[:1], question) for images, question in rows]
-        made = super().requests(rows, **more)
-        return [replace(r, pictures=tuple(images)) for r, (images, _) in zip(made, rows, strict=True)]
+        return super().requests(rows, **more)
 
     def vllm(self, format_: LatentFormat, **more: Any) -> Any:
         from vllm.v1.sample.ops import topk_topp_sampler

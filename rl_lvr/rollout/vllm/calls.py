@@ -109,6 +109,8 @@ def sampling_fields(
     request: Request, seed: int, sampling: Sampling, settings: LatentSettings, uid: str | None = None
 ) -> dict[str, Any]:
     """The fields of vLLM's `SamplingParams`. Text, numbers and lists only."""
+    if sampling.noise != "gaussian":
+        raise UserError(f"vLLM draws gaussian noise only, not {sampling.noise}: use the engine hf.")
     opens = starts_with_own(request, settings.markers)
     return {
         "max_tokens": sampling.max_tokens + opens,

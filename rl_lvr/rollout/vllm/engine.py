@@ -50,7 +50,7 @@ class VLLMRolloutEngine:
         self.format = format
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.progress = progress
-        self.capabilities = frozenset(Capability)
+        self.capabilities = frozenset(Capability) - {Capability.SPHERICAL_NOISE}
         self.settings = settings_for_folder(
             folder, format, self.tokenizer, max_latents=max_latents, max_positions=max_model_len
         )
@@ -91,13 +91,12 @@ class VLLMRolloutEngine:
         uids = [next(self._names) for _ in requests]
         prompts = [self._prompt(index, request) for index, request in enumerate(requests)]
         params = [self._params(*row, sampling) for row in zip(requests, seeds, uids, strict=True)]
-        ids: list[str] = []
         try:
-            ids = self.llm.enqueue(prompts, params, use_tqdm=False)
-            outputs = self._run(len(ids))
+            self.llm.enqueue(prompts, params, use_tqdm=False)
+            outputs = self._run(len(uids))
             found = self.llm.collective_rpc("latent_pop", args=(uids,))[0]
         except BaseException:
-            self._discard(ids, uids)
+            self._discard(uids)
             raise
         answers = [
             self.answer(i, output, _only(i, found[uid]))
@@ -140,9 +139,10 @@ class VLLMRolloutEngine:
     def dtype(self) -> torch.dtype:
         return self.llm.llm_engine.vllm_config.model_config.dtype
 
-    def _discard(self, ids: list[str], uids: list[str]) -> None:
-        """Leave nothing of a call that failed."""
-        self.llm.llm_engine.abort_request(ids, internal=True)
+    def _discard(self, uids: list[str]) -> None:
+        """Leave nothing of a call that failed or was interrupted: whatever this vLLM still works on is its own."""
+        engine = self.llm.llm_engine
+        engine.abort_request(list(engine.output_processor.request_states), internal=True)
         self.llm.collective_rpc("latent_pop", args=(uids,))
 
     # ---- weights and life

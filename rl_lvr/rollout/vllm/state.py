@@ -74,7 +74,7 @@ class LatentModelState(DefaultModelState):
         banned = set(markers.never_sampled)
         if markers.start is not None and not self.settings.thinks:
             banned.add(markers.start)
-        self._never = torch.tensor(sorted(banned), dtype=torch.long)
+        self._never = torch.tensor(sorted(banned), dtype=torch.long, pin_memory=device.type == "cuda")
         self._banned = self._never.to(device, copy=True)
         self._pairs = torch.zeros(self.max_num_reqs, 2, device=device)
         size = self.settings.history_bytes(self.max_num_reqs, torch.finfo(self.dtype).bits // 8)
@@ -95,7 +95,9 @@ class LatentModelState(DefaultModelState):
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         super().add_request(req_index, new_req_data)
-        self._banned.copy_(self._never)  # vLLM's deep sleep (level 2) throws away what the device held
+        self._banned.copy_(
+            self._never, non_blocking=True
+        )  # vLLM's deep sleep (level 2) throws away what the device held
         request_id, prompt_len = new_req_data.req_id, new_req_data.prompt_len
         ids = list(new_req_data.prefill_token_ids)
         sampling = new_req_data.sampling_params
