@@ -1,0 +1,121 @@
+"""Exactness with everything at once: the engine in a process of its own, two tensor-parallel workers, a scheduler one
+step ahead, the prefix cache, chunked prefill and preemptions.
+
+Sums over two ranks round differently from those of one, so here the undisturbed run is each request alone in the same
+engine; against one process the tokens are the same and the rest agrees to 1e-4.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from vllm_cases import VLLMRig, thinking
+from vllm_conditions import GREEDY, NOISY, TIGHT, alone, counters, five_requests, forced_async, identical, start
+
+from rl_lvr.latents.format import get_format
+from rl_lvr.rollout.replay import check_parity
+
+
+@pytest.fixture(scope="module")
+def rig(tiny_folder, tmp_path_factory):
+    return VLLMRig(thinking(tiny_folder, tmp_path_factory.mktemp("processes"), "qwen2_5_vl"))
+
+
+@pytest.fixture(scope="module")
+def engine(rig):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # for the controls, which run code in the workers
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+        forced_async(patch)
+        made = start(rig, get_format("lvr", k=3), TIGHT, cache=True, tensor_parallel_size=2)
+        yield made
+        made.close()
+
+
+@pytest.fixture(scope="module")
+def requests(engine, rig):
+    return five_requests(rig, engine.markers.start)
+
+
+@pytest.fixture(scope="module")
+def truth(engine, requests):
+    before = counters(engine)
+    rollouts = alone(engine, requests, NOISY)
+    assert counters(engine)["resumed"] == before["resumed"]
+    assert sum(len(r.latents) for r in rollouts) > 20
+    return rollouts
+
+
+def test_two_ranks_in_other_processes(engine, rig, requests, truth):
+    before = counters(engine)
+    rollouts = engine.generate(requests, NOISY)
+    after = counters(engine)
+    assert after["resumed"] > before["resumed"]
+    assert identical(rollouts, truth)
+    assert check_parity(engine, rig.model, requests, NOISY, rollouts=rollouts).passes(control=0.1)
+    greedy = engine.generate(requests, GREEDY)
+    alone_in_one = rig.engine(engine.format).generate(requests, GREEDY)
+    assert [r.ids for r in greedy] == [r.ids for r in alone_in_one]
+
+
+def histories(worker):
+    """A worker's latents of all slots, those that ended included."""
+    return worker.model_runner.model_state.tables.history.numpy().tobytes()
+
+
+def test_ranks_have_the_same_latents_bit_by_bit(engine, requests, truth):
+    assert engine.llm.llm_engine.vllm_config.parallel_config.tensor_parallel_size == 2
+    engine.generate(requests, NOISY)
+    ranks = engine.llm.collective_rpc(histories)
+    assert len(ranks) == 2
+    assert all(left == right for left, right in pairwise(ranks))
+
+
+def noise_from_a_generator(worker):
+    from rl_lvr.rollout import feeding
+
+    generator = torch.Generator().manual_seed(worker.rank)
+    feeding.keyed_normal, feeding.kept = (
+        lambda seeds, positions, size: torch.randn(len(seeds), size, generator=generator),
+        feeding.keyed_normal,
+    )
+
+
+def keyed_noise_again(worker):
+    from rl_lvr.rollout import feeding
+
+    feeding.keyed_normal = feeding.kept
+    del feeding.kept
+
+
+def test_control_noise_from_a_generator_of_each_rank(engine, requests, truth):
+    engine.llm.collective_rpc(noise_from_a_generator)
+    try:
+        rollouts = engine.generate(requests, NOISY)
+        left, right = engine.llm.collective_rpc(histories)
+    finally:
+        engine.llm.collective_rpc(keyed_noise_again)
+    assert left != right
+    assert not identical(rollouts, truth)
+
+
+def nothing_restored(worker):
+    state = worker.model_runner.model_state
+    state._write_planted = lambda embeds, batch: None
+
+
+def restored_again(worker):
+    del worker.model_runner.model_state._write_planted
+
+
+def test_control_nothing_restored_in_the_workers(engine, requests, truth):
+    engine.llm.reset_prefix_cache()
+    engine.llm.collective_rpc(nothing_restored)
+    try:
+        rollouts = engine.generate(requests, NOISY)
+    finally:
+        engine.llm.collective_rpc(restored_again)
+    assert not identical(rollouts, truth)
