@@ -388,33 +388,6 @@ def test_the_self_test_notices_latents_that_are_not_fed(qwen, monkeypatch):
         selftest.run(qwen.vllm.llm, qwen.vllm.settings)
 
 
-def test_blocks_of_latents_are_private_in_the_prefix_cache(text, monkeypatch):
-    """A second request repeats the tokens of a first one that were computed from latents; it has latents of its own."""
-    from rl_lvr.rollout.vllm import prefix
-
-    requests = text.requests()
-    first = text.vllm.generate([replace(requests[1], seed=3)], replace(LONG, max_tokens=60))[0]
-    places = [p for p in first.latent_positions if p < 65]
-    assert places
-    twin = replace(
-        requests[1],
-        prompt_ids=first.ids[:65],
-        prompt_latents=(torch.zeros(len(places), 64), places),
-    )
-
-    def ask():
-        return text.vllm.generate([twin], replace(GREEDY, max_tokens=1))[0].logprobs
-
-    text.vllm.llm.reset_prefix_cache()
-    cold = ask()
-    for private in (True, False):
-        text.vllm.llm.reset_prefix_cache()
-        if not private:
-            monkeypatch.setattr(prefix, "latent_keys", lambda request, start, end: [])
-        text.vllm.generate([replace(requests[1], seed=3)], replace(LONG, max_tokens=60))
-        assert torch.allclose(ask(), cold, atol=1e-4) is private
-
-
 def test_every_hook_is_there_and_a_missing_one_is_named(monkeypatch):
     from rl_lvr.rollout.vllm import guards
 
