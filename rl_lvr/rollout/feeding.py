@@ -7,17 +7,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rl_lvr.latents.density import Law, explore
 from rl_lvr.latents.interventions import Intervention
 from rl_lvr.latents.noise import keyed_normal
 from rl_lvr.rollout.types import Request, Sampling
 
 
-def with_noise(own: Tensor, seeds: Tensor, positions: Tensor, sigma: Tensor, matched: Tensor, unit: Tensor) -> Tensor:
+def with_noise(
+    own: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    sigma: Tensor,
+    matched: Tensor,
+    unit: Tensor,
+    law: Law = "gaussian",
+) -> Tensor:
     """`own` [B, H], explored where `sigma` [B] is above 0, replaced by noise where `matched` or `unit` [B] says so."""
     noise = keyed_normal(seeds, positions, own.shape[-1])
     length = own.float().norm(dim=-1, keepdim=True)
     same_norm = noise * (length / noise.norm(dim=-1, keepdim=True))
-    explored = (own.float() + sigma[:, None] * noise).to(own.dtype)
+    explored = explore(own.float(), noise, sigma, law).to(own.dtype)
     z = torch.where((sigma > 0)[:, None], explored, own)
     z = torch.where(matched[:, None], same_norm.to(own.dtype), z)
     return torch.where(unit[:, None], noise.to(own.dtype), z)
@@ -39,6 +48,7 @@ class VectorSource:
         self._seeds = seeds
         self._dtype = dtype
         self._sigma = rows_with(Intervention.OWN) * sampling.sigma
+        self._law = sampling.noise
         self._zeros = rows_with(Intervention.ZEROS)
         self._matched = rows_with(Intervention.NOISE)
         self._unit = rows_with(Intervention.UNIT_NOISE)
@@ -71,7 +81,7 @@ class VectorSource:
         """
         z = own
         if self._any_noise:
-            z = with_noise(own, self._seeds, positions, self._sigma, self._matched, self._unit)
+            z = with_noise(own, self._seeds, positions, self._sigma, self._matched, self._unit, self._law)
         if self._any_zeros:
             z = z.masked_fill(self._zeros[:, None], 0)
         if self._table is not None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rl_lvr.errors import UserError
 from rl_lvr.latents.batch import LatentBatch
+from rl_lvr.latents.density import Law
 from rl_lvr.latents.format import FormatIds
 from rl_lvr.latents.interventions import Intervention
 
@@ -36,7 +37,9 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     """Besides the model's end-of-sequence tokens."""
     sigma: float = 0.0
-    """Standard deviation of the Gaussian exploration noise on every own latent."""
+    """Standard deviation of the exploration noise on every own latent, per dimension."""
+    noise: Law = "gaussian"
+    """The law of that noise (latents/density.py). Only engines with `SPHERICAL_NOISE` draw the spherical one."""
 
     def __post_init__(self) -> None:
         def need(ok: bool, name: str, rule: str) -> None:
@@ -123,6 +126,7 @@ class Capability(StrEnum):
     BEFORE_START = "before_start"
     INTERVENTIONS = "interventions"
     NOISE = "noise"
+    SPHERICAL_NOISE = "spherical_noise"
     PROMPT_LATENTS = "prompt_latents"
     PROJECTOR = "projector"
 

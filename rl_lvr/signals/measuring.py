@@ -44,11 +44,13 @@ def measure(
     feed: bool = True,
     recompute: bool = False,
     backend: str = "auto",
+    run: Callable[[], Tensor] | None = None,
 ) -> Measured:
     """Measure `signals` on `batch` in one forward pass, in evaluation mode, without gradients.
 
     `feed=False` leaves SLOT's own embeddings where the latents belong: the negative control. `recompute` is the
-    probe's, `backend` that of the fused operations.
+    probe's, `backend` that of the fused operations. `run` does the pass itself, feeds the latents, and returns
+    the hidden states after the final norm: for a caller that needs more of the same pass.
     """
     _check(signals, markers)
     family = family_of(model)
@@ -64,7 +66,7 @@ def measure(
         probe = None
         if readings:
             probe = stack.enter_context(Probe(model, regions, rows, readings, recompute=recompute, backend=backend))
-        hidden = forward_hidden(model, batch, markers, feed=feed)
+        hidden = forward_hidden(model, batch, markers, feed=feed) if run is None else run()
     vocabulary_rows, vocabulary = _vocabulary(model, hidden, regions, markers, backend)
 
     def vectors(space: Space, mask: Tensor) -> Tensor:
