@@ -1,0 +1,477 @@
+"""LatentGRPOTrainer: TRL's GRPOTrainer with latents in its rollouts, in its scoring passes and in its policy gradient.
+
+Without a latent format every override hands over to TRL untouched. Rollouts are in `grpo_turn.py`, scoring passes in
+`grpo_pass.py`, the latents' own loss in `latent_policy.py`. Docs: docs/grpo.md.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from trl import GRPOTrainer
+
+from rl_lvr.errors import UserError
+from rl_lvr.latents.batch import LatentBatch
+from rl_lvr.latents.density import check_sigma
+from rl_lvr.latents.feedback import NAME as FEEDBACK
+from rl_lvr.latents.feedback import attach_feedback
+from rl_lvr.latents.format import FormatIds, LatentFormat
+from rl_lvr.latents.inject import unwrapped
+from rl_lvr.models import family_of
+from rl_lvr.rollout.forward import evaluating
+from rl_lvr.rollout.hf import HFRolloutEngine
+from rl_lvr.rollout.record import FOLDER, RolloutLog
+from rl_lvr.rollout.replay import check_parity
+from rl_lvr.rollout.types import Capability, RolloutEngine, Sampling, latent_batch
+from rl_lvr.signals import parse_signals
+from rl_lvr.training.grpo_columns import made_columns, record, require_columns
+from rl_lvr.training.grpo_config import LatentGRPOConfig
+from rl_lvr.training.grpo_pass import FedModel, own_latents
+from rl_lvr.training.grpo_turn import (
+    Turn,
+    build_requests,
+    replay_difference,
+    request_seed,
+    require_agreement,
+)
+from rl_lvr.training.latent_policy import LatentActions, Pricing, latent_loss
+from rl_lvr.training.rewards import RewardSpec, signals_of, weights_at
+
+PARITY_ROWS = 4
+_log = logging.getLogger(__name__)
+
+
+class LatentGRPOTrainer(GRPOTrainer):
+    """GRPO on rollouts with latents.
+
+    `latent_format` None trains without latents and is TRL's trainer. `engine` is any `RolloutEngine` of the same
+    format; by default the model itself generates (`HFRolloutEngine`).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: LatentGRPOConfig,
+        *,
+        latent_format: LatentFormat | None,
+        rewards: Sequence[RewardSpec],
+        train_dataset: Any,
+        processing_class: Any,
+        engine: RolloutEngine | None = None,
+        **more: Any,
+    ) -> None:
+        self.specs = list(rewards)
+        if not self.specs:
+            raise UserError("rewards is empty: name at least one (rl-lvr rewards list shows them).")
+        self.signals = parse_signals(signals_of(self.specs))
+        self.markers: FormatIds | None = None
+        if latent_format is None:
+            self._without_latents(engine)
+        else:
+            tokenizer = getattr(processing_class, "tokenizer", processing_class)
+            self.family = family_of(model)
+            self.markers = latent_format.bind(tokenizer, self.family.placeholder_ids(tokenizer))
+            _check_settings(args, latent_format, self.family.hidden_size)
+        args.reward_weights = weights_at(self.specs, 0)
+        super().__init__(
+            model=model,
+            args=args,
+            reward_funcs=[spec.function for spec in self.specs],
+            train_dataset=train_dataset,
+            processing_class=processing_class,
+            **more,
+        )
+        self._turn: Turn | None = None
+        self._feed: LatentBatch | None = None
+        self._fed: FedModel | None = None
+        self._parity_known = not args.parity_check
+        self._synced_step = -1
+        self._turns: dict[str, tuple[int, int]] = {}
+        if latent_format is not None:
+            self._prepare(latent_format, engine)
+
+    def _without_latents(self, engine: RolloutEngine | None) -> None:
+        if engine is not None:
+            raise UserError("an engine is given but no latent format: TRL generates by itself then.")
+        if self.signals:
+            raise UserError(f"signal {self.signals[0].name!r} needs a latent format: leave its reward out.")
+        require_columns(self.specs, without_latents=True)
+
+    def _prepare(self, latent_format: LatentFormat, engine: RolloutEngine | None) -> None:
+        require_columns(self.specs)
+        config: LatentGRPOConfig = self.args
+        if engine is None:
+            engine = HFRolloutEngine(self.model, self.processing_class, latent_format, batch_size=config.rollout_batch)
+        if engine.markers != self.markers:
+            raise UserError(
+                f"the engine runs latent format {engine.markers.format.name!r} with other markers or another k than "
+                f"the trainer's {latent_format.name!r}: make both from one format and one tokenizer."
+            )
+        self.engine = engine
+        self.sampling = Sampling(
+            max_tokens=config.max_completion_length,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            min_p=config.min_p or 0.0,
+            repetition_penalty=config.repetition_penalty,
+            sigma=config.latent_sigma,
+            noise=config.law or "gaussian",
+        )
+        needed = Capability.SPHERICAL_NOISE if config.law == "spherical" else Capability.NOISE
+        if config.latent_sigma and needed not in engine.capabilities:
+            raise UserError(f"the engine draws no {self.sampling.noise} noise: use the engine hf, or another policy.")
+        # TRL then scores every generation batch at once and corrects for the engine's log-probs, as for vLLM's.
+        self._corrects = config.vllm_importance_sampling_correction
+        self.use_vllm = self.vllm_importance_sampling_correction = True
+        self._last_loaded_step = -1
+        self._rollout_log: RolloutLog | None = None
+        if self.ref_model is not None and hasattr(unwrapped(self.model), FEEDBACK):
+            # TRL builds the reference from the model's folder, and knows nothing of the feedback map beside it.
+            attach_feedback(self.ref_model, latent_format, self.model.config._name_or_path)
+            getattr(unwrapped(self.ref_model), FEEDBACK).requires_grad_(False)
+        if self.ref_model is not None:
+            mine, theirs = (unwrapped(m).config.get_text_config().vocab_size for m in (self.model, self.ref_model))
+            if mine != theirs:
+                raise UserError(
+                    f"the model has {mine} token embeddings and the reference, which TRL loads from its folder, "
+                    f"{theirs}: save the model with its marker tokens, and start from there."
+                )
+
+    # ---- generation
+
+    def _generate_single_turn(
+        self,
+        prompt_ids: list[list[int]],
+        images: Any,
+        multimodal_fields: dict[str, Any],
+        num_generations: int,
+        has_tool_images: bool = False,
+    ) -> Any:
+        """The parent calls vLLM or `generate` (`if self.use_vllm:`); neither feeds latents."""
+        if self.markers is None:
+            return super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, num_generations, has_tool_images
+            )
+        assert self._turn is not None
+        if self._synced_step != self.state.global_step:
+            self.engine.sync_weights(self.model)
+            self._synced_step = self.state.global_step
+        mode, first = self._mode, self.accelerator.process_index * len(prompt_ids)
+        step, number = self.state.global_step, self._next_turn()
+
+        def seed(row: int) -> int:
+            return request_seed(self.args.seed, mode, step, number, first + row)
+
+        turn = self._turn
+        turn.requests = build_requests(self.family, prompt_ids, images, multimodal_fields, seed)
+        sampling = self.sampling if mode == "train" else replace(self.sampling, sigma=0.0)
+        with torch.no_grad(), self.accelerator.autocast():
+            turn.rollouts = self.engine.generate(turn.requests, sampling)
+            self._check_parity(turn, sampling)
+        return (
+            [list(rollout.completion_ids) for rollout in turn.rollouts],
+            [rollout.logprobs.tolist() for rollout in turn.rollouts],
+        )
+
+    def _next_turn(self) -> int:
+        """How often rollouts were made at this step before: a step may take several generation batches."""
+        step, number = self._turns.get(self._mode, (-1, 0))
+        number = number + 1 if step == self.state.global_step else 0
+        self._turns[self._mode] = (self.state.global_step, number)
+        return number
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        """The parent's `tool_mask` comes from tools alone; here forced tokens get zeros: no loss, KL or ratio there."""
+        made = super()._generate(prompts)
+        if self.markers is None:
+            return made
+        assert self._turn is not None
+        tool_mask = [(~rollout.forced).int().tolist() for rollout in self._turn.rollouts]
+        return (*made[:2], tool_mask, *made[3:])
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """The parent's `output` has a closed set of keys; latents are added, for it to shuffle and split."""
+        mode = self._mode
+        weights = weights_at(self.specs, self.state.global_step)
+        self.reward_weights = torch.tensor(weights, dtype=torch.float32)
+        if self.markers is None:
+            return super()._generate_and_score_completions(inputs)
+        self._turn = turn = Turn()
+        try:
+            output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        finally:
+            self._turn = None
+        assert turn.latents is not None
+        assert turn.old_means is not None
+        output |= turn.latents.as_tensors()
+        if self.args.law is not None:
+            output["latent_old_means"] = turn.old_means
+            if turn.reference_means is not None:
+                output["latent_reference_means"] = turn.reference_means
+        if not self._corrects:
+            output["importance_sampling_ratio"] = torch.ones_like(output["importance_sampling_ratio"])
+        self._log_latents(turn.latents, output["prompt_ids"].shape[1], mode)
+        return output
+
+    # ---- scoring passes
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        **others: Any,
+    ) -> Any:
+        """The parent calls `model(**model_inputs, labels=labels, fused_lm_head=True)`, chunk by chunk, in old,
+        reference and policy passes alike: the one place where latents must enter.
+
+        The first pass of a generation batch is the scoring pass: in evaluation mode, as the engine runs, with the
+        probe armed for the rewards' signals, and held against what the engine recorded.
+        """
+        turn = self._turn
+        markers = self.markers
+        if markers is None:
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, **others
+            )
+        start = input_ids.shape[1] - logits_to_keep
+        scores = turn is not None and turn.latents is None
+        if turn is not None:
+            latents = turn.carrier(start, input_ids.device) if turn.latents is None else turn.latents
+        else:
+            assert self._feed is not None
+            latents = self._feed
+        self._fed = fed = FedModel(
+            model,
+            latents,
+            start,
+            markers,
+            self.temperature,
+            unroll=self.args.latent_policy == "unrolled" and not scores,
+            means=scores or self.args.law is not None,
+            signals=self.signals if scores else (),
+        )
+        with evaluating(model) if scores else nullcontext():
+            result = super()._get_per_token_logps_and_entropies(
+                fed, input_ids, attention_mask, logits_to_keep, batch_size, **others
+            )
+        if turn is not None and scores:
+            turn.latents, turn.old_means, turn.columns = latents, fed.means, fed.columns
+            self._check_replay(turn, result[0], attention_mask)
+        elif turn is not None and self.args.law is not None:
+            turn.reference_means = fed.means
+        return result
+
+    # ---- rewards
+
+    def _calculate_rewards(
+        self, inputs: list[dict[str, Any]], prompts: Any, completions: Any, completion_ids_list: Any
+    ) -> Tensor:
+        """The parent hands over the columns of `inputs` only; signals and facts of rollouts become more of them."""
+        if self.markers is None:
+            return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        turn = self._turn
+        assert turn is not None
+        mode = self._mode
+        size = self.num_generations if mode == "train" else self.num_generations_eval
+        first = self.accelerator.process_index * len(prompts)
+        groups = [(first + row) // size for row in range(len(prompts))]
+        columns = made_columns(self.specs, turn.rollouts, self.markers, groups)
+        columns |= {name: column.values for name, column in turn.columns.items()}
+        clash = sorted(set(columns) & set(inputs[0]))
+        if clash:
+            raise UserError(f"the data has a column {clash[0]!r}, which the trainer makes itself: rename it.")
+        rows = [{**row, **{name: values[i] for name, values in columns.items()}} for i, row in enumerate(inputs)]
+        rewards: Tensor = super()._calculate_rewards(rows, prompts, completions, completion_ids_list)
+        for name, column in turn.columns.items():
+            known = [v for v, count in zip(column.values, column.counts, strict=True) if count and isinstance(v, float)]
+            self._add_mean(mode, f"signal/{name}", sum(known), len(known))
+        if mode == "train" and self.args.record_rollouts:
+            mine = rewards[first : first + len(prompts)].tolist()
+            self._record(turn, inputs, mine, groups)
+        return rewards
+
+    def _record(self, turn: Turn, inputs: list[dict[str, Any]], rewards: list[list[float]], groups: list[int]) -> None:
+        if self._rollout_log is None:
+            folder = Path(self.args.output_dir) / FOLDER
+            self._rollout_log = RolloutLog(folder, self.accelerator.process_index)
+        assert self.markers is not None
+        rows = record(turn, inputs, rewards, groups, [spec.name for spec in self.specs], self._tokenizer, self.markers)
+        self._rollout_log.append(self.state.global_step, rows, latent_batch(turn.rollouts))
+
+    # ---- loss
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """The parent scores `input_ids` with a fixed list of arguments; the latents of this micro-batch wait here."""
+        if self.markers is None:
+            return super()._compute_loss(model, inputs)
+        self._feed = LatentBatch.from_tensors(inputs)
+        try:
+            loss: Tensor = super()._compute_loss(model, inputs)
+        finally:
+            self._feed = None
+        mode, fed = self._mode, self._fed
+        assert fed is not None
+        if self.args.latent_policy == "unrolled":
+            self._add_max(mode, "latent/unroll_difference", fed.unroll_difference)
+        if self.args.law is not None:
+            loss = loss + self._latent_term(fed, inputs, mode)
+        self._fed = None
+        return loss
+
+    def _latent_term(self, fed: FedModel, inputs: Mapping[str, Any], mode: str) -> Tensor:
+        latents = LatentBatch.from_tensors(dict(inputs))
+        start = inputs["prompt_ids"].shape[1]
+        kept = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        chosen = own_latents(latents, start) & (latents.sigma > 0)[:, None]
+        chosen = chosen & kept.gather(1, latents.positions.clamp(min=0)).bool()
+        actions = LatentActions(
+            values=latents.values,
+            chosen=chosen,
+            sigma=latents.sigma,
+            means=fed.means,
+            old_means=inputs["latent_old_means"],
+            reference_means=inputs.get("latent_reference_means"),
+            advantages=inputs["advantages"],
+        )
+        found = latent_loss(actions, self._pricing)
+        count = int(found.count)
+        for name, value in (("clip_ratio", found.clipped), ("ratio", found.ratio)):
+            self._add_mean(mode, f"latent/{name}", float(value), count)
+        if self.beta:
+            self._add_mean(mode, "latent/kl", float(found.divergence), count)
+        self._add_mean(mode, "latent/loss", float(found.loss.detach()), 1)
+        # As the parent's per-sequence losses: a mean over rows, shared out over the accumulated micro-batches.
+        steps = self.current_gradient_accumulation_steps if mode == "train" else 1
+        return self.args.latent_weight * found.loss / steps
+
+    @property
+    def _pricing(self) -> Pricing:
+        args: LatentGRPOConfig = self.args
+        high = args.latent_epsilon if args.latent_epsilon_high is None else args.latent_epsilon_high
+        assert args.law is not None
+        scale: Any = args.latent_scale
+        return Pricing(args.law, scale, args.latent_epsilon, high, self.beta)
+
+    # ---- checks and metrics
+
+    def _check_parity(self, turn: Turn, sampling: Sampling) -> None:
+        """Before the first step: the engine against the model, and a control with SLOT's embeddings for latents.
+
+        In half precision single numbers say little, and `_check_replay` judges by the mean.
+        """
+        with_latents = [row for row, rollout in enumerate(turn.rollouts) if rollout.latent_positions][:PARITY_ROWS]
+        ready = self.accelerator.gather(torch.tensor([bool(with_latents)], device=self.accelerator.device))
+        if self._parity_known or not bool(ready.all()):
+            return
+        self._parity_known = True
+        requests = [turn.requests[row] for row in with_latents]
+        report = check_parity(self.engine, self.model, requests, replace(sampling, sigma=0.0))
+        tolerance, exact = self._tolerance
+        size = max(1.0, *(float(turn.rollouts[row].latents.abs().max()) for row in with_latents))
+        if exact and max(report.max_dh / size, report.max_dlogp) > tolerance:
+            raise UserError(
+                f"the engine does not agree with the model: latents differ by {report.max_dh:.3g}, log-probs by "
+                f"{report.max_dlogp:.3g}, more than replay_tolerance {tolerance:g}. Were the weights synced?"
+            )
+        if max(report.control_dh, report.control_dlogp) <= tolerance:
+            _log.warning(
+                "the model answers the same with SLOT's own embedding in place of every latent (difference %.3g): "
+                "parity of engine and trainer says nothing about latents then.",
+                max(report.control_dh, report.control_dlogp),
+            )
+
+    @property
+    def _tolerance(self) -> tuple[float, bool]:
+        """What a replay may be off by, and whether that holds for the largest difference or only for the mean."""
+        exact = self.model.dtype in (torch.float32, torch.float64) and not (self.args.bf16 or self.args.fp16)
+        given: float | None = self.args.replay_tolerance
+        return (1e-3 if exact else 0.1) if given is None else given, exact
+
+    @torch.no_grad()
+    def _check_replay(self, turn: Turn, logprobs: Tensor, attention_mask: Tensor) -> None:
+        assert turn.latents is not None
+        assert turn.old_means is not None
+        found = replay_difference(
+            turn.rollouts,
+            turn.latents,
+            turn.old_means,
+            logprobs,
+            attention_mask,
+            self.args.law or "gaussian",
+            tokens=_undistorted(self.sampling),
+        )
+        for name, what, part in (
+            ("replay_logp_diff", "log-probs", found.logp),
+            ("replay_latent_diff", "latents, relative to their norm", found.latent),
+        ):
+            everywhere = self.accelerator.gather(part[None])
+            largest = float(everywhere[:, 0].max())
+            total, count = everywhere[:, 1:].sum(0).tolist()
+            mean = total / max(count, 1)
+            self._metrics[self._mode][f"latent/{name}"].append(largest)
+            self._metrics[self._mode][f"latent/{name}_mean"].append(mean)
+            require_agreement(largest, mean, what, *self._tolerance)
+
+    def _log_latents(self, latents: LatentBatch, start: int, mode: str) -> None:
+        own = own_latents(latents, start)
+        counts = own.sum(1)
+        norms = latents.values[own].float().norm(dim=-1)
+        self._add_mean(mode, "latent/rate", float((counts > 0).sum()), len(counts))
+        self._add_mean(mode, "latent/count", float(counts.sum()), len(counts))
+        self._add_mean(mode, "latent/norm", float(norms.sum()), len(norms))
+
+    def _add_mean(self, mode: str, name: str, total: float, count: int) -> None:
+        """A mean over all processes; nothing where nothing was counted."""
+        mine = torch.tensor([[total, count]], dtype=torch.float32, device=self.accelerator.device)
+        total, count = self.accelerator.gather(mine).sum(0).tolist()
+        if count:
+            self._metrics[mode][name].append(total / count)
+
+    def _add_max(self, mode: str, name: str, value: float) -> None:
+        mine = torch.tensor([value], device=self.accelerator.device)
+        self._metrics[mode][name].append(float(self.accelerator.gather(mine).max()))
+
+
+def _undistorted(sampling: Sampling) -> bool:
+    """Whether tokens are drawn from the whole softmax: what a trainer's log-probs are of."""
+    filters = (sampling.top_p, sampling.top_k, sampling.min_p, sampling.repetition_penalty)
+    return filters == (1.0, 0, 0.0, 1.0)
+
+
+def _check_settings(args: LatentGRPOConfig, latent_format: LatentFormat, hidden_size: int) -> None:
+    """Settings that TRL's own generation would read."""
+    if args.use_vllm or args.use_transformers_continuous_batching:
+        name = "use_vllm" if args.use_vllm else "use_transformers_continuous_batching"
+        raise UserError(f"{name} generates without latents: leave it out and give the trainer an engine.")
+    if args.generation_kwargs:
+        raise UserError("generation_kwargs is read by transformers' generate alone: leave it out.")
+    if not args.temperature > 0:
+        raise UserError(f"temperature is {args.temperature}; it must be above 0, or nothing is explored.")
+    sequences = args.vllm_importance_sampling_mode.startswith("sequence")
+    if args.loss_type == "vespo" and args.vllm_importance_sampling_correction and sequences:
+        raise UserError(
+            "loss_type vespo needs vllm_importance_sampling_mode token_truncate or token_mask, not "
+            f"{args.vllm_importance_sampling_mode}."
+        )
+    if args.latent_policy != "context" and latent_format.feedback == "none":
+        raise UserError(
+            f"latent format {latent_format.name!r} generates no latents, so latent_policy {args.latent_policy} has "
+            "nothing to price: use context."
+        )
+    if args.law is not None:
+        check_sigma(args.law, args.latent_sigma, hidden_size)

@@ -1,0 +1,85 @@
+"""Columns that the trainer makes for rewards, and what is written down about a rollout."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from rl_lvr.errors import UserError
+from rl_lvr.latents.format import FormatIds
+from rl_lvr.rollout.record import RecordedRollout, recorded, span_facts
+from rl_lvr.rollout.types import Rollout
+from rl_lvr.training.grpo_turn import Turn
+from rl_lvr.training.rewards import MADE_BY_TRAINER, RewardSpec
+
+_TAKEN = ("prompt", "image", "images", "answer", "category")
+
+
+def require_columns(specs: Sequence[RewardSpec], *, without_latents: bool = False) -> None:
+    """Refuse rewards that read what this trainer does not make."""
+    for spec in specs:
+        if "necessity_completions" in spec.takes:
+            raise UserError(
+                f"reward {spec.name!r} needs rollouts without latents, which GRPO does not make: leave it out."
+            )
+        wanted = sorted(spec.takes & set(MADE_BY_TRAINER))
+        if without_latents and wanted:
+            raise UserError(f"reward {spec.name!r} reads {wanted[0]!r}, which is made with a latent format only.")
+
+
+def made_columns(
+    specs: Sequence[RewardSpec], rollouts: Sequence[Rollout], markers: FormatIds, groups: Sequence[int]
+) -> dict[str, list[Any]]:
+    """Those of `MADE_BY_TRAINER` that some reward takes."""
+    wanted = {name for spec in specs for name in spec.takes}
+    columns: dict[str, list[Any]] = {}
+    if "spans" in wanted:
+        columns["spans"] = [span_facts(rollout, markers) for rollout in rollouts]
+    if "group" in wanted:
+        columns["group"] = list(groups)
+    if "stop_reason" in wanted:
+        columns["stop_reason"] = [rollout.stop_reason.value for rollout in rollouts]
+    return columns
+
+
+def record(
+    turn: Turn,
+    inputs: Sequence[dict[str, Any]],
+    rewards: Sequence[Sequence[float]],
+    groups: Sequence[int],
+    names: Sequence[str],
+    tokenizer: Any,
+    markers: FormatIds,
+) -> list[RecordedRollout]:
+    """What is known about each rollout. `rewards` [B][R], NaN where not scored."""
+    return [
+        recorded(
+            rollout,
+            tokenizer,
+            markers,
+            group=groups[row],
+            answer=_text(inputs[row].get("answer")),
+            category=_text(inputs[row].get("category")),
+            rewards={
+                name: None if math.isnan(value) else value for name, value in zip(names, rewards[row], strict=True)
+            },
+            signals={name: column.values[row] for name, column in turn.columns.items()},
+            columns={name: value for name, value in inputs[row].items() if name not in _TAKEN and _plain(value)},
+        )
+        for row, rollout in enumerate(turn.rollouts)
+    ]
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _plain(value: Any) -> bool:
+    """Whether it can stand in a line of JSON; pictures and the like cannot."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True

@@ -1,0 +1,106 @@
+"""The settings of GRPO with latents: TRL's GRPOConfig plus how latents are explored, priced and checked."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field
+
+import torch
+from trl import GRPOConfig
+
+from rl_lvr.errors import UserError
+from rl_lvr.latents.density import Law
+
+POLICIES = ("context", "unrolled", "gaussian", "spherical")
+
+
+@dataclass
+class LatentGRPOConfig(GRPOConfig):
+    """Everything of TRL's `GRPOConfig` works as well, but for what the trainer refuses with the reason."""
+
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade time for memory."})
+    bf16: bool | None = field(
+        default=None, metadata={"help": "Mixed precision in bfloat16. Default: yes on a GPU, no on a CPU."}
+    )
+    rewards: list[str] = field(
+        default_factory=list, metadata={"help": "Rewards: names, or mappings with a name (docs/rewards.md)."}
+    )
+
+    latent_policy: str = field(
+        default="context",
+        metadata={
+            "help": "context: latents are fixed inputs. unrolled: the gradient of the text also flows through the "
+            "recurrence that made them. gaussian, spherical: latents are drawn with noise and priced by its density."
+        },
+    )
+    latent_sigma: float = field(
+        default=0.0, metadata={"help": "Standard deviation of the exploration noise on latents, per dimension."}
+    )
+    latent_weight: float = field(default=1.0, metadata={"help": "Weight of the latents' own loss term."})
+    latent_scale: str = field(
+        default="mean",
+        metadata={"help": "mean or sum: log-densities of latents per dimension, or summed over thousands of them."},
+    )
+    latent_epsilon: float = field(default=0.2, metadata={"help": "Clip range of the latents' ratio."})
+    latent_epsilon_high: float | None = field(
+        default=None, metadata={"help": "Its upper side, if that differs from latent_epsilon."}
+    )
+
+    replay_tolerance: float | None = field(
+        default=None,
+        metadata={
+            "help": "Difference between the rollouts and their replay above which the run stops. Default: 1e-3 in "
+            "float32, on the largest difference; in mixed or half precision 0.1, on the mean."
+        },
+    )
+    parity_check: bool = field(
+        default=True, metadata={"help": "Hold the engine against the model, with a control, before the first step."}
+    )
+    rollout_batch: int = field(default=16, metadata={"help": "Rows that the engine hf decodes together."})
+    record_rollouts: bool = field(default=True, metadata={"help": "Write rollouts below output_dir/rollouts."})
+
+    def __post_init__(self) -> None:
+        if self.latent_policy not in POLICIES:
+            near = difflib.get_close_matches(str(self.latent_policy), POLICIES, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"choose {', '.join(POLICIES)}."
+            raise UserError(f"no latent_policy {self.latent_policy!r}; {hint}")
+        if self.latent_scale not in ("mean", "sum"):
+            raise UserError(f"latent_scale is {self.latent_scale!r}; choose mean or sum.")
+        for name in ("latent_sigma", "latent_weight", "latent_epsilon", "latent_epsilon_high", "beta"):
+            if not (getattr(self, name) or 0) >= 0:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
+        if self.replay_tolerance is not None and not self.replay_tolerance > 0:
+            raise UserError(f"replay_tolerance is {self.replay_tolerance}; it must be above 0.")
+        if self.rollout_batch < 1:
+            raise UserError(f"rollout_batch is {self.rollout_batch}; it must be at least 1.")
+        self._check_policy()
+        if not torch.cuda.is_available():
+            self.dataloader_pin_memory = False
+            if self.bf16 is None:
+                self.bf16 = False
+        super().__post_init__()
+
+    def _check_policy(self) -> None:
+        if self.law is not None and self.latent_sigma == 0:
+            raise UserError(
+                f"latent_policy {self.latent_policy} needs latent_sigma above 0: a latent without noise equals its "
+                "mean, so its density has no slope there and the gradient of a fresh rollout is exactly zero. Set "
+                "latent_sigma, or use latent_policy unrolled, which is exact without noise."
+            )
+        if self.latent_policy == "unrolled" and self.latent_sigma:
+            raise UserError(
+                "latent_policy unrolled recomputes latents as a function of the parameters, and noise is none: set "
+                "latent_sigma to 0, or use latent_policy gaussian."
+            )
+        if self.latent_policy == "unrolled" and self.gradient_checkpointing:
+            raise UserError(
+                "latent_policy unrolled computes latents with a key-value cache that carries gradients, and "
+                "transformers switches that cache off under gradient_checkpointing: set one of them otherwise."
+            )
+
+    @property
+    def law(self) -> Law | None:
+        """The density that prices latents; None if none does."""
+        if self.latent_policy == "gaussian":
+            return "gaussian"
+        return "spherical" if self.latent_policy == "spherical" else None

@@ -1,0 +1,129 @@
+"""One generation batch: its requests, its rollouts, the carrier of their latents, and the check of their replay."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from rl_lvr.errors import UserError
+from rl_lvr.latents.batch import LatentBatch
+from rl_lvr.latents.density import Law, explore
+from rl_lvr.latents.noise import keyed_normal
+from rl_lvr.models import Family
+from rl_lvr.rollout.types import Request, Rollout, latent_batch
+from rl_lvr.signals import Column
+from rl_lvr.training.grpo_pass import own_latents
+
+
+@dataclass
+class Turn:
+    """What is known about a generation batch while TRL scores it."""
+
+    requests: list[Request] = field(default_factory=list)
+    rollouts: list[Rollout] = field(default_factory=list)
+    latents: LatentBatch | None = None
+    """Positions in the padded ids; set by the first scoring pass, like the two below."""
+    old_means: Tensor | None = None
+    columns: dict[str, Column] = field(default_factory=dict)
+    reference_means: Tensor | None = None
+
+    def carrier(self, start: int, device: torch.device) -> LatentBatch:
+        """The latents, positions counted in ids whose prompts are padded on the left to `start` tokens."""
+        offsets = torch.tensor([start - len(rollout.prompt_ids) for rollout in self.rollouts])
+        return latent_batch(self.rollouts).shifted(offsets).to(device)
+
+
+def build_requests(
+    family: Family,
+    prompt_ids: Sequence[Sequence[int]],
+    pictures: Sequence[Sequence[Any] | None] | None,
+    inputs: dict[str, Any],
+    seed: Callable[[int], int],
+) -> list[Request]:
+    """One request per prompt. `inputs` are the processor's of all rows, `pictures` what they were made of."""
+    shown = [[] for _ in prompt_ids] if pictures is None else [list(row or []) for row in pictures]
+    images: list[dict[str, Tensor]] = [{} for _ in prompt_ids]
+    if any(shown):
+        joined = family.image_inputs({**inputs, "input_ids": [list(ids) for ids in prompt_ids]})
+        images = family.split_images(joined, [len(row) for row in shown])
+    return [
+        Request(
+            prompt_ids=list(ids),
+            images=images[row],
+            pictures=tuple(picture for picture in shown[row] if isinstance(picture, Image)),
+            seed=seed(row),
+        )
+        for row, ids in enumerate(prompt_ids)
+    ]
+
+
+def request_seed(*key: object) -> int:
+    """A seed for a key: the run's seed, the step, the row in the whole batch. The same on every resumption."""
+    return random.Random(" ".join(map(str, key))).getrandbits(48)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far the rollouts are from their replay, over this process's rows: largest and sum, of how many."""
+
+    logp: Tensor
+    """[3]: largest, sum, count over the chosen tokens."""
+    latent: Tensor
+    """[3]: the same for |f(h) - z| / |z| over latents of the model's own."""
+
+
+def replay_difference(
+    rollouts: Sequence[Rollout],
+    latents: LatentBatch,
+    means: Tensor,
+    logprobs: Tensor,
+    attention_mask: Tensor,
+    law: Law,
+    *,
+    tokens: bool,
+) -> Difference:
+    """Hold what the engine recorded against the scoring pass. Noise is keyed by seed and position, and drawn again.
+
+    `logprobs` [B, C] and `means` [B, N, H] are the pass's, `attention_mask` [B, T] its mask. `tokens=False` leaves the
+    log-probs out, where the engine drew from another distribution (top-p and the like).
+    """
+    width = logprobs.shape[1]
+    start = attention_mask.shape[1] - width
+    recorded, chosen = torch.zeros_like(logprobs), torch.zeros_like(logprobs, dtype=torch.bool)
+    for row, rollout in enumerate(rollouts):
+        recorded[row, : len(rollout.logprobs)] = rollout.logprobs.to(recorded)
+        chosen[row, : len(rollout.forced)] = ~rollout.forced.to(chosen.device)
+    chosen = chosen & attention_mask[:, start:].bool() & torch.full_like(chosen, tokens)
+    own = own_latents(latents, start)
+    own = own & attention_mask.gather(1, latents.positions.clamp(min=0)).bool()
+    rows = own.nonzero(as_tuple=True)[0]
+    offsets = torch.tensor([start - len(rollout.prompt_ids) for rollout in rollouts], device=own.device)
+    seeds = torch.tensor([rollout.seed for rollout in rollouts], device=own.device)
+    z, sigma = latents.values[own], latents.sigma[rows]
+    noise = keyed_normal(seeds[rows], latents.positions[own] - offsets[rows], z.shape[1])
+    expected = explore(means[own], noise, sigma, law).to(z.dtype).float()
+    apart = (expected - z.float()).norm(dim=-1) / z.float().norm(dim=-1).clamp_min(1e-12)
+    return Difference(_summary((recorded - logprobs)[chosen].abs()), _summary(apart))
+
+
+def _summary(values: Tensor) -> Tensor:
+    values = values.double()
+    most = values.max() if len(values) else values.new_zeros(())
+    return torch.stack((most, values.sum(), values.new_tensor(len(values))))
+
+
+def require_agreement(largest: float, mean: float, what: str, tolerance: float, exact: bool) -> None:
+    """Stop the run if a replay is too far off: by the largest difference where precision is full, else by the mean."""
+    found = largest if exact else mean
+    if not found <= tolerance:
+        raise UserError(
+            f"the rollouts do not agree with their replay: the {'largest' if exact else 'mean'} difference of {what} "
+            f"is {found:.3g}, above replay_tolerance {tolerance:g}. The engine's weights are not the trainer's, or "
+            "latents were mixed up on the way; raise replay_tolerance only if rounding explains it."
+        )

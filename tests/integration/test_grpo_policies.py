@@ -1,0 +1,263 @@
+"""Latent credit in whole training steps: what each policy's loss is, and what must be refused or noticed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from grpo_cases import LVR, MONET, SIGMAS, logged, make_trainer, opening, rows
+from peft import LoraConfig
+from torch import Tensor
+
+from rl_lvr.errors import UserError
+from rl_lvr.latents.batch import LatentBatch
+from rl_lvr.training.grpo import LatentGRPOTrainer
+from rl_lvr.training.grpo_pass import own_latents
+
+LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
+
+
+def generation(trainer: Any) -> dict[str, Any]:
+    return trainer._generate_and_score_completions([dict(row) for row in rows()])
+
+
+def gradients(trainer: Any, made: dict[str, Any]) -> dict[str, Tensor]:
+    trainer.model.zero_grad()
+    trainer._compute_loss(trainer.model, {**made}).backward()
+    return {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("policy", ["context", "unrolled", "gaussian", "spherical"])
+@pytest.mark.parametrize("latent_format", [LVR, MONET], ids=lambda f: f.name)
+def test_every_policy_trains(load_tiny: Any, tmp_path: Path, policy: str, latent_format: Any) -> None:
+    model, processor = opening(load_tiny, latent_format)
+    more = {"max_steps": 2, "gradient_accumulation_steps": 2, "num_iterations": 2, "beta": 0.1}
+    trainer = make_trainer(model, processor, tmp_path, latent_format, latent_policy=policy, **more)
+    trainer.train()
+    assert len(logged(trainer, "loss")) == 2
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert max(logged(trainer, "latent/replay_logp_diff")) < 1e-3
+    assert max(logged(trainer, "latent/replay_latent_diff")) < 1e-3
+    assert max(logged(trainer, "latent/rate")) > 0
+    if policy in SIGMAS:
+        assert logged(trainer, "latent/ratio")[0] == pytest.approx(1.0, abs=1e-3)  # fresh rollouts
+        assert logged(trainer, "latent/kl")[0] == pytest.approx(0.0, abs=1e-4)
+        assert logged(trainer, "latent/kl")[-1] > 0
+        assert logged(trainer, "latent/clip_ratio")[0] == 0
+    if policy == "unrolled":
+        assert logged(trainer, "latent/unroll_difference")[0] < 1e-3
+
+
+@pytest.mark.parametrize("policy", ["gaussian", "spherical"])
+def test_a_latent_is_priced_by_the_state_before_it(load_tiny: Any, tmp_path: Path, policy: str) -> None:
+    """Monet's code compares it with the state at its own position: that distance would be another latent's."""
+    model, processor = opening(load_tiny)
+    trainer = make_trainer(model, processor, tmp_path, latent_policy=policy)
+    made = generation(trainer)
+    latents, start = LatentBatch.from_tensors(made), made["prompt_ids"].shape[1]
+    own = own_latents(latents, start)
+    z, mean = latents.values[own], made["latent_old_means"][own]
+    noise = (z - mean).norm(dim=-1) / mean.norm(dim=-1)
+    size = SIGMAS[policy] * (mean.shape[1] ** 0.5) / (1 if policy == "spherical" else float(mean.norm(dim=-1).mean()))
+    assert float(noise.mean()) == pytest.approx(size, rel=0.15)  # exploration, of the size that was asked for
+    follows = own[:, 1:] & own[:, :-1] & (latents.positions[:, 1:] == latents.positions[:, :-1] + 1)
+    misaligned = (latents.values[:, :-1] - made["latent_old_means"][:, 1:])[follows].norm(dim=-1)
+    assert float(misaligned.mean()) > 2 * float((z - mean).norm(dim=-1).mean())  # the control: state at p
+
+
+def test_noise_gives_latents_a_gradient_and_no_noise_gives_none(load_tiny: Any, tmp_path: Path) -> None:
+    model, processor = opening(load_tiny)
+    trainer = make_trainer(model, processor, tmp_path, latent_policy="gaussian", latent_scale="sum")
+    made = generation(trainer)
+    made["advantages"] = torch.tensor([1.0, -1.0, 0.5, -0.5])
+    with_noise = gradients(trainer, made)
+    silent = {
+        **made,
+        "latent_values": torch.where(made["latent_positions"][..., None] >= 0, made["latent_old_means"], 0),
+    }
+    trainer.args.latent_weight = 0.0
+    text_only, text_silent = gradients(trainer, made), gradients(trainer, silent)
+    trainer.args.latent_weight = 1.0
+    silent_again = gradients(trainer, silent)
+    name = next(n for n in with_noise if "layers.0.mlp.down_proj" in n and "language" in n)
+
+    def size(one: dict[str, Tensor], two: dict[str, Tensor]) -> float:
+        return float((one[name] - two[name]).abs().max())
+
+    assert size(with_noise, text_only) > 1e-2
+    # Monet's rollouts: the whole latent term moves nothing. (The means shift a little with the values fed.)
+    assert size(silent_again, text_silent) < 0.05 * size(with_noise, text_only)
+
+
+def test_unrolled_reaches_what_context_does_not(load_tiny: Any, tmp_path: Path) -> None:
+    found = {}
+    for policy in ("context", "unrolled"):
+        trainer = make_trainer(*opening(load_tiny), tmp_path, latent_policy=policy)
+        made = generation(trainer)
+        made["advantages"] = torch.tensor([1.0, -1.0, 0.5, -0.5])
+        found[policy] = gradients(trainer, made), float(trainer._compute_loss(trainer.model, {**made}).detach())
+    assert found["context"][1] == pytest.approx(found["unrolled"][1], abs=1e-4)
+    name = next(n for n in found["context"][0] if "layers.0.mlp.down_proj" in n and "language" in n)
+    one, two = (found[policy][0][name] for policy in ("context", "unrolled"))
+    assert not torch.allclose(one, two, rtol=0.1)
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_all_losses_of_trl(load_tiny: Any, tmp_path: Path, loss_type: str) -> None:
+    mode = "token_truncate" if loss_type == "vespo" else "sequence_mask"
+    trainer = make_trainer(
+        *opening(load_tiny),
+        tmp_path,
+        latent_policy="gaussian",
+        loss_type=loss_type,
+        vllm_importance_sampling_mode=mode,
+        epsilon_high=5.0 if loss_type == "cispo" else None,
+    )
+    made = generation(trainer)
+    made["advantages"] = torch.tensor([1.0, -1.0, 0.5, -0.5])
+    found = gradients(trainer, made)
+    assert all(bool(torch.isfinite(g).all()) for g in found.values())
+    assert max(float(g.abs().max()) for g in found.values()) > 0
+
+
+@pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "off"])
+def test_importance_sampling_corrections(load_tiny: Any, tmp_path: Path, mode: str) -> None:
+    class Apart(LatentGRPOTrainer):
+        """An engine whose log-probs are 0.2 off."""
+
+        def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+            super()._generate_single_turn(*args, **kwargs)
+            turn = self._turn
+            turn.rollouts = [
+                replace(r, logprobs=torch.where(r.forced, r.logprobs, r.logprobs - 0.2)) for r in turn.rollouts
+            ]
+            return [list(r.completion_ids) for r in turn.rollouts], [r.logprobs.tolist() for r in turn.rollouts]
+
+    changes: dict[str, Any] = {"vllm_importance_sampling_correction": False}
+    if mode != "off":
+        changes = {"vllm_importance_sampling_mode": mode, "vllm_importance_sampling_clip_max": 1.1}
+    trainer = make_trainer(*opening(load_tiny), tmp_path, kind=Apart, replay_tolerance=1.0, **changes)
+    made = generation(trainer)
+    ratio = made["importance_sampling_ratio"]
+    chosen = (made["completion_mask"] * made["tool_mask"]).bool()
+    if mode == "off":
+        assert torch.equal(ratio, torch.ones_like(ratio))
+    elif mode.startswith("sequence"):
+        assert ratio.shape == (4, 1)
+        assert torch.allclose(ratio, torch.full_like(ratio, 1.1 if mode.endswith("truncate") else 0.0))
+    else:
+        wanted = 1.1 if mode.endswith("truncate") else 0.0
+        assert torch.allclose(ratio[chosen], torch.full((int(chosen.sum()),), wanted))
+        assert torch.equal(ratio[~chosen], torch.ones(int((~chosen).sum())))
+    gradients(trainer, made)
+
+
+@pytest.mark.parametrize("policy", ["context", "unrolled", "gaussian"])
+def test_lora_with_the_adapter_off_as_reference(load_tiny: Any, tmp_path: Path, policy: str) -> None:
+    config = LoraConfig(r=4, target_modules=r".*language_model.*\.(q_proj|v_proj|down_proj)")
+    model, processor = opening(load_tiny)
+    base = {n: p.clone() for n, p in model.named_parameters()}
+    trainer = make_trainer(
+        model, processor, tmp_path, latent_policy=policy, peft_config=config, beta=0.1, max_steps=3, learning_rate=1e-2
+    )
+    assert trainer.ref_model is None
+    trainer.train()
+    assert logged(trainer, "kl")[0] == pytest.approx(0.0, abs=1e-5)
+    assert logged(trainer, "kl")[-1] > 1e-6
+    assert max(logged(trainer, "latent/replay_logp_diff")) < 1e-3
+    after = {
+        n.replace("base_model.model.", "").replace(".base_layer", ""): p for n, p in trainer.model.named_parameters()
+    }
+    assert all(torch.equal(weight, after[name]) for name, weight in base.items())
+    if policy == "gaussian":
+        assert logged(trainer, "latent/kl")[-1] > 0
+
+
+# ---- faults in the carrier
+
+
+class Swapped(LatentGRPOTrainer):
+    """Two rows' vectors exchanged on the way from the engine to the trainer; every position stays right."""
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        made = super()._generate_single_turn(*args, **kwargs)
+        turn = self._turn
+        pairs = [
+            (i, j)
+            for i, one in enumerate(turn.rollouts)
+            for j, two in enumerate(turn.rollouts)
+            if i < j and len(one.latents) and len(two.latents)
+        ]
+        assert pairs
+        i, j = pairs[0]
+        one, two = turn.rollouts[i], turn.rollouts[j]
+        shared = min(len(one.latents), len(two.latents))
+
+        def taking(row: Any, other: Any) -> Any:
+            return replace(row, latents=torch.cat([other.latents[:shared], row.latents[shared:]]))
+
+        turn.rollouts[i], turn.rollouts[j] = taking(one, two), taking(two, one)
+        return made
+
+
+@pytest.mark.parametrize("policy", ["context", "unrolled", "gaussian", "spherical"])
+def test_two_swapped_rows_stop_the_run(load_tiny: Any, tmp_path: Path, policy: str) -> None:
+    model, processor = opening(load_tiny)
+    trainer = make_trainer(model, processor, tmp_path, kind=Swapped, latent_policy=policy, parity_check=False)
+    with pytest.raises(UserError, match="do not agree with their replay"):
+        trainer.train()
+    assert logged(trainer, "loss") == []
+    assert trainer._metrics["train"]["latent/replay_logp_diff"][0] > 1e-3
+
+
+def test_swapped_latents_alone_are_noticed(load_tiny: Any, tmp_path: Path) -> None:
+    """Also where tokens cannot be compared, because the engine cut its distribution."""
+    trainer = make_trainer(*opening(load_tiny), tmp_path, kind=Swapped, parity_check=False, top_p=0.95)
+    with pytest.raises(UserError, match="of latents, relative to their norm"):
+        trainer.train()
+    assert trainer._metrics["train"]["latent/replay_logp_diff"] == [0.0]
+
+
+def test_latents_that_are_left_out_stop_the_run(load_tiny: Any, tmp_path: Path) -> None:
+    """Monet's fallback: a carrier without latents trains on SLOT's embeddings and nobody is told."""
+
+    class Dropped(LatentGRPOTrainer):
+        def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+            made = super()._generate_single_turn(*args, **kwargs)
+            self._turn.rollouts = [replace(r, latents=r.latents[:0], latent_positions=()) for r in self._turn.rollouts]
+            return made
+
+    trainer = make_trainer(*opening(load_tiny), tmp_path, kind=Dropped, parity_check=False)
+    with pytest.raises(UserError, match="do not agree with their replay"):
+        trainer.train()
+
+
+def test_latents_shifted_by_one_are_refused(load_tiny: Any, tmp_path: Path) -> None:
+    trainer = make_trainer(*opening(load_tiny), tmp_path)
+    made = generation(trainer)
+    positions = made["latent_positions"]
+    made["latent_positions"] = torch.where(positions >= 0, positions + 1, positions)
+    with pytest.raises(ValueError, match=r"takes no latent|sits at position"):
+        trainer._compute_loss(trainer.model, made)
+
+
+def test_an_engine_with_other_weights_is_found_at_the_start(load_tiny: Any, tmp_path: Path) -> None:
+    from rl_lvr.rollout.hf import HFRolloutEngine
+
+    class Stale(HFRolloutEngine):
+        def sync_weights(self, model: Any) -> None:
+            pass
+
+    model, processor = opening(load_tiny)
+    other, _ = opening(load_tiny)
+    with torch.no_grad():
+        other.model.language_model.layers[0].mlp.down_proj.weight *= 1.1
+    trainer = make_trainer(model, processor, tmp_path, engine=Stale(other, processor, LVR))
+    with pytest.raises(UserError, match="does not agree with the model"):
+        trainer.train()
+    synced = make_trainer(model, processor, tmp_path, engine=HFRolloutEngine(other, processor, LVR))
+    synced.train()  # the control
+    assert max(logged(synced, "latent/replay_logp_diff")) < 1e-3
