@@ -12,7 +12,6 @@ from helpers import WORDS
 
 from rl_lvr.lab.tiny import FAMILIES, TinySpec, build_tiny
 
-
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts what it puts in the background that way, and the commands under test would inherit it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
