@@ -13,8 +13,9 @@ setup: ## create or refresh .venv (nothing to do: well under two seconds)
 	@command -v $(PYTHON) >/dev/null || { echo "make setup: $(PYTHON) was not found: install Python 3.11 or newer, or name it with PYTHON=/path/to/python3." >&2; exit 1; }
 	@$(PYTHON) tools/setup.py
 
+# Two files at a time; with more threads each than there are cores, both would stall.
 test: setup ## set up, then run every test that this machine can run
-	@$(BIN)/python -m pytest tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile
 
 demo: setup ## set up, then train and examine the lab's tiny model; SEEDS=3 for three seeds
 	@$(BIN)/rl-lvr lab demo --out runs/demo --seeds $(SEEDS)
