@@ -75,7 +75,7 @@ def text(cases):
     return cases("qwen3")
 
 
-def close(left, right, tolerance=1e-3):
+def close(left, right, tolerance=1e-2):
     """Tokens, places and forced tokens alike, numbers nearly: rounding grows from latent to latent."""
     return (
         left.ids == right.ids
@@ -101,7 +101,7 @@ def test_latents_and_logprobs_equal_teacher_forcing(cases, name):
         assert report.max_dh <= 1e-4, (sampling, report)
         assert report.max_dlogp <= 1e-4, (sampling, report)
         assert report.passes(control=0.1), (sampling, report)
-        assert report.latents >= 10
+        assert report.latents >= 6
         if sampling is LONG:
             assert max(span_counts(rollouts, case.markers.start)) >= 2
             reference = case.hf.generate(requests, LONG)
@@ -349,10 +349,17 @@ def test_sync_weights(cases, monkeypatch):
     assert all(close(a, b) for a, b in zip(after, theirs, strict=True))
     assert not any(close(a, b) for a, b in zip(after, before, strict=True))
 
+    def broken_off(named):
+        yield from named[: len(named) // 2]
+        raise OSError("the sender died")
+
     load = weights.load
-    monkeypatch.setattr(weights, "load", lambda runner, named: load(runner, list(named)[:-1]))
+    monkeypatch.setattr(weights, "load", lambda runner, named: load(runner, named[1:]))
     with pytest.raises(RuntimeError, match="did not take over the weights"):
         case.vllm.sync_weights(trainer.model)
+    monkeypatch.setattr(weights, "load", lambda runner, named: load(runner, broken_off(named)))
+    with pytest.raises(OSError, match="the sender died"):
+        case.vllm.sync_weights(case.rig.model)
     monkeypatch.undo()
     case.vllm.sync_weights(case.rig.model)
     assert all(close(a, b) for a, b in zip(case.vllm.generate(requests, LONG), before, strict=True))

@@ -57,13 +57,24 @@ def load(runner: Any, weights: Iterable[tuple[str, Tensor]]) -> Receipt:
 
     model = runner.model
     if runner.device.type == "cpu":  # the CPU backend has repacked its weights: only the long way works
-        runner.reload_weights(weights_iterator=counted())
+        _reload(runner, counted())
     else:
         model.load_weights(counted())
     device = next(model.parameters()).device
     probes = model.embed_input_ids(torch.arange(PROBES, device=device))
     receipt.rows = float(probes.double().abs().mean())
     return receipt
+
+
+def _reload(runner: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """vLLM's layerwise reload. One that fails would leave stand-ins for weights behind: put the weights back."""
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+    try:
+        runner.reload_weights(weights_iterator=weights)
+    except BaseException:
+        finalize_layerwise_reload(runner.model, runner.model_config)
+        raise
 
 
 @contextmanager
