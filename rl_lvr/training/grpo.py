@@ -264,7 +264,9 @@ class LatentGRPOTrainer(GRPOTrainer):
             unroll=self.args.latent_policy == "unrolled" and not scores,
             means=scores or self.args.law is not None,
             signals=self.signals if scores else (),
+            images_per_row=others.get("num_images"),
         )
+        others.pop("batch_num_images", None)  # the parent's signature lacks LLaVA-OneVision's; the pass makes it anew
         with evaluating(model) if scores else nullcontext():
             result = super()._get_per_token_logps_and_entropies(
                 fed, input_ids, attention_mask, logits_to_keep, batch_size, **others

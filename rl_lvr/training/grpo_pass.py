@@ -49,8 +49,10 @@ class FedModel:
         unroll: bool = False,
         means: bool = True,
         signals: Sequence[SignalSpec] = (),
+        images_per_row: Sequence[int] | None = None,
     ) -> None:
         """`latents` of all rows, positions in the padded ids, whose completions begin at `start`."""
+        self._images_per_row = images_per_row
         self._model, self._markers, self._temperature = model, markers, temperature
         self._latents, self._start = latents, start
         self._unroll, self._wants_means, self._signals = unroll, means, signals
@@ -73,6 +75,10 @@ class FedModel:
         rows = range(self._next, self._next + len(input_ids))
         self._next = rows.stop
         latents = self._latents.select(list(rows))
+        if "batch_num_images" in self._family.image_keys and self._images_per_row and "pixel_values" in inputs:
+            # LLaVA-OneVision treats rows of several images differently; TRL drops what tells them apart.
+            counts = [self._images_per_row[row] for row in rows if self._images_per_row[row]]
+            inputs["batch_num_images"] = torch.tensor(counts, device=input_ids.device)
         images = {key: inputs[key] for key in self._family.image_keys if key in inputs}
         # Explicit positions, as the engines': transformers would guess 1-D ones for M-RoPE batches without an image.
         inputs["position_ids"] = self._family.positions(self._model, input_ids, attention_mask, images).prefill

@@ -34,13 +34,13 @@ Tiny = Callable[..., tuple[Any, Any]]
 
 
 def opening(
-    load_tiny: Tiny, latent_format: LatentFormat = LVR, family: str = "qwen2_5_vl", **spec: Any
+    load_tiny: Tiny, latent_format: LatentFormat = LVR, family: str = "qwen2_5_vl", times: float = 3.0, **spec: Any
 ) -> tuple[Any, Any]:
     """A model in whose head START's row is long, so that untrained weights open spans."""
     model, processor = load_tiny(family, latent_formats=FORMATS, **spec)
     start = processor.tokenizer.convert_tokens_to_ids(latent_format.start)
     with torch.no_grad():
-        model.get_output_embeddings().weight[start] *= 3
+        model.get_output_embeddings().weight[start] *= times
     return model, processor
 
 
@@ -90,6 +90,7 @@ def make_trainer(
     data: Dataset | None = None,
     engine: Any = None,
     peft_config: Any = None,
+    eval_dataset: Dataset | None = None,
     **changes: Any,
 ) -> Any:
     policy = changes.get("latent_policy", "context")
@@ -103,6 +104,7 @@ def make_trainer(
         processing_class=processor,
         engine=engine,
         peft_config=peft_config,
+        eval_dataset=eval_dataset,
     )
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1  # set by train(), and read by a loss on its own
