@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cpu_runtime_env  # noqa: F401 - before all others
 import pytest
 from helpers import WORDS
 

@@ -35,9 +35,8 @@ LENGTH = 256
 
 
 def use_cpu_runtime() -> None:
-    """What vLLM needs to run its GPU code on a machine without one; a user with a GPU sets none of these."""
+    """What vLLM needs besides cpu_runtime_env to run its GPU code without a GPU; users with one set none of these."""
     os.environ.update(
-        TRITON_INTERPRET="1",
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
         VLLM_CPU_KVCACHE_SPACE="1",
         VLLM_NO_USAGE_STATS="1",
