@@ -118,5 +118,5 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="as many keys as queries"):
         attention_mass(given.query, given.key[:, :, :20], given.labels[:, :20], 3, **asked)
     with pytest.raises(UserError, match="backend='torch'"):
-        given.mass("triton")
+        attention_mass(given.query.double(), given.key.double(), given.labels, 3, **asked, backend="triton")
     assert worst(given.mass("auto"), given.exact()) <= 1e-5
