@@ -19,7 +19,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from rl_lvr.errors import UserError
 from rl_lvr.rollout.vllm import guards, wire
-from rl_lvr.rollout.vllm.calls import Answer, answer_of, checked_args
+from rl_lvr.rollout.vllm.calls import Answer, answer_of, checked_args, named
 from rl_lvr.rollout.vllm.settings import LatentSettings, settings_of
 
 
@@ -98,7 +98,7 @@ class LatentAsyncLLM(AsyncLLM):
                             kept.append(Finished(output, rows))
                         for row in rows:
                             if row.error is not None:
-                                raise VLLMValidationError(_named(request_id, row.error))
+                                raise VLLMValidationError(named(request_id, row.error))
                     yield output
         finally:
             if not fetched:
@@ -144,7 +144,3 @@ class LatentAsyncLLM(AsyncLLM):
         rows = await self.collective_rpc("latent_status")
         guards.check_workers(rows, self.settings.markers)
         return rows
-
-
-def _named(request_id: str, fault: str) -> str:
-    return fault if fault.startswith("request ") else f"request {request_id}: {fault}"

@@ -1,4 +1,4 @@
-"""What the tests of latent SFT share: a tiny model and its puzzles on disk."""
+"""What integration tests share: tiny models with an engine, and for latent SFT a model and its puzzles on disk."""
 
 from __future__ import annotations
 
@@ -6,10 +6,33 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from engine_cases import FORMATS, Rig
 from lab_tools import build_model, puzzles, write_puzzles
 
 from rl_lvr.data.records import Record
 from rl_lvr.data.writing import write_parquet
+
+
+@pytest.fixture(scope="module")
+def rigs(load_tiny):
+    made: dict[str, Rig] = {}
+
+    def rig(family: str) -> Rig:
+        if family not in made:
+            made[family] = Rig(*load_tiny(family, latent_formats=FORMATS))
+        return made[family]
+
+    return rig
+
+
+@pytest.fixture
+def rig(rigs, family_name) -> Rig:
+    return rigs(family_name)
+
+
+@pytest.fixture
+def qwen(rigs) -> Rig:
+    return rigs("qwen2_5_vl")
 
 
 @pytest.fixture(scope="session")

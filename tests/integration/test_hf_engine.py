@@ -24,28 +24,6 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def rigs(load_tiny):
-    made: dict[str, Rig] = {}
-
-    def rig(family: str) -> Rig:
-        if family not in made:
-            made[family] = Rig(*load_tiny(family, latent_formats=FORMATS))
-        return made[family]
-
-    return rig
-
-
-@pytest.fixture
-def rig(rigs, family_name) -> Rig:
-    return rigs(family_name)
-
-
-@pytest.fixture
-def qwen(rigs) -> Rig:
-    return rigs("qwen2_5_vl")
-
-
 # ---- parity
 
 

@@ -30,28 +30,6 @@ VARIANTS = {
 CLOSE = 2e-5
 
 
-@pytest.fixture(scope="module")
-def rigs(load_tiny):
-    made: dict[str, Rig] = {}
-
-    def rig(family: str) -> Rig:
-        if family not in made:
-            made[family] = Rig(*load_tiny(family, latent_formats=FORMATS))
-        return made[family]
-
-    return rig
-
-
-@pytest.fixture
-def rig(rigs, family_name) -> Rig:
-    return rigs(family_name)
-
-
-@pytest.fixture
-def qwen(rigs) -> Rig:
-    return rigs("qwen2_5_vl")
-
-
 def by_hand(rig: Rig, markers: FormatIds, completions: list[list[int]]) -> tuple[list[Rollout], list[dict[str, Any]]]:
     """Rollouts with these completions behind the rig's prompts, with random vectors in the slots."""
     rollouts, images = [], []

@@ -61,6 +61,11 @@ def check(index: int, request: Request, settings: LatentSettings) -> None:
         raise UserError(f"request {index} has pictures but no images: give what the processor made of them too.")
 
 
+def named(where: object, fault: str) -> str:
+    """A worker's `fault` with the request that it belongs to; some name theirs already."""
+    return fault if fault.startswith("request ") else f"request {where}: {fault}"
+
+
 def checked_args(
     where: str,
     extra_args: dict[str, Any] | None,

@@ -132,7 +132,7 @@ class VLLMRolloutEngine:
         """Completion number `which` of vLLM's `output` for request `index`, with its latents (`history.Latents`)."""
         _, _, vectors, marks, error = row
         if error is not None:
-            raise UserError(error if error.startswith("request ") else f"request {index}: {error}")
+            raise UserError(calls.named(index, error))
         return calls.answer_of(output, which, vectors, marks, self.dtype, self.settings.limits.hidden_size)
 
     @property
