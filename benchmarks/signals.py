@@ -1,6 +1,6 @@
 """What signals cost: an armed scoring forward against an unarmed one, and against `output_attentions=True`.
 
-    python benchmarks/signals.py [--repeats 5] [--lengths 2048 4096] [--threads 1]
+    python benchmarks/signals.py [--repeats 12] [--lengths 2048 4096] [--threads 1]
 
 A random Qwen2.5-VL (8 layers, hidden 1024, 16 heads, 4 key-value heads) scores one rollout of T tokens: an image of T/4
 tokens, a question, 8 latents and an answer of T/8. Armed measures the answer's attention to latents and image in all
@@ -51,6 +51,7 @@ SIGNALS = parse_signals(
 BARS = {"armed_over_unarmed_time": 1.05, "armed_over_unarmed_memory": 1.02}
 EAGER_BARS = {"eager_over_armed_time": {2048: 3.0, 4096: 3.0}, "eager_over_armed_memory": {2048: 8.0, 4096: 16.0}}
 WARM = 64
+EAGER_REPEATS = 3
 
 
 class Scoring:
@@ -146,7 +147,10 @@ def clocks(work: Callable[[], object]) -> tuple[float, float]:
 
 
 def time_ratios(scoring: Scoring, repeats: int) -> dict[str, list[float]]:
-    """Medians [wall, cpu]: armed / unarmed over pairs in alternating order, eager / armed over every second of them."""
+    """Medians [wall, cpu] of armed / unarmed, in alternating order, and of eager / armed.
+
+    The eager forwards come last: what one leaves behind (gigabytes to give back, cold caches) slows the next forward.
+    """
     batch = scoring.batch
     for side in (scoring.unarmed, scoring.armed, scoring.eager):
         side(scoring.warm)
@@ -157,8 +161,9 @@ def time_ratios(scoring: Scoring, repeats: int) -> dict[str, list[float]]:
         taken = {side.__name__: clocks(lambda side=side: side(batch)) for side in sides}
         armed_ratios.append(_ratio(taken["armed"], taken["unarmed"]))
         unarmed_times.append(taken["unarmed"])
-        if repeat % 2 == 0:
-            eager_ratios.append(_ratio(clocks(lambda: scoring.eager(batch)), taken["armed"]))
+    for _ in range(EAGER_REPEATS):
+        eager = clocks(lambda: scoring.eager(batch))
+        eager_ratios.append(_ratio(eager, clocks(lambda: scoring.armed(batch))))
     found = {"armed_over_unarmed": armed_ratios, "eager_over_armed": eager_ratios, "unarmed_seconds": unarmed_times}
     return {name: [statistics.median(column) for column in zip(*rows, strict=True)] for name, rows in found.items()}
 
@@ -203,7 +208,7 @@ def peaks(folder: Path, length: int, threads: int) -> dict[str, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=12)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--one", choices=("unarmed", "armed", "eager"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

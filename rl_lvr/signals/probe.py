@@ -156,9 +156,11 @@ class Probe:
             check_lse(kernel, lse, query, key, self._checked_row, sequences, sinks=kwargs.get("s_aux"), **masked)
         self.kernels.add("recomputed" if lse is None or kernel is None else kernel.name)
         weights = query.new_ones(len(rows), dtype=torch.float32)
+        taken: dict[tuple[str, tuple[int, ...]], Tensor] = {}  # readings of other layers often overlap in this one
         for reading in readings:
             heads = _indices(reading.heads, query.shape[1], "head")
-            if reading.what == "mass":
+            values = taken.get((reading.what, heads))
+            if values is None and reading.what == "mass":
                 values = attention_mass_reduced(
                     query,
                     key,
@@ -174,10 +176,11 @@ class Probe:
                     backend=self._backend,
                     **masked,
                 ).per_query
-            else:
+            elif values is None:
                 values = region_entropy(
                     query, key, labels == IMAGE_LABEL, rows, segments=sequences, heads=heads, **masked
                 ).mean(1)
+            taken[reading.what, heads] = values
             sofar = self._results.get(reading)
             self._results[reading] = values if sofar is None else sofar + values.to(sofar.device)
         self._seen.add(layer)
