@@ -5,23 +5,19 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, field
 
-import torch
 from trl import GRPOConfig
 
 from rl_lvr.errors import UserError
 from rl_lvr.latents.density import Law
+from rl_lvr.training.settings import Defaults, settle_device
 
 POLICIES = ("context", "unrolled", "gaussian", "spherical")
 
 
 @dataclass
-class LatentGRPOConfig(GRPOConfig):
+class LatentGRPOConfig(Defaults, GRPOConfig):
     """Everything of TRL's `GRPOConfig` works as well, but for what the trainer refuses with the reason."""
 
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade time for memory."})
-    bf16: bool | None = field(
-        default=None, metadata={"help": "Mixed precision in bfloat16. Default: yes on a GPU, no on a CPU."}
-    )
     rewards: list[str] = field(
         default_factory=list, metadata={"help": "Rewards: names, or mappings with a name (docs/rewards.md)."}
     )
@@ -74,10 +70,7 @@ class LatentGRPOConfig(GRPOConfig):
         if self.rollout_batch < 1:
             raise UserError(f"rollout_batch is {self.rollout_batch}; it must be at least 1.")
         self._check_policy()
-        if not torch.cuda.is_available():
-            self.dataloader_pin_memory = False
-            if self.bf16 is None:
-                self.bf16 = False
+        settle_device(self)
         super().__post_init__()
 
     def _check_policy(self) -> None:

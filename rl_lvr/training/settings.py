@@ -1,0 +1,162 @@
+"""Settings that every verb that trains has: the run, its data, the latent format, freezing, accuracy in between.
+
+Mixins for TRL's config classes, named before them among the bases. What they hold is checked by `check_run`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from rl_lvr.errors import UserError
+from rl_lvr.latents.format import LatentFormat, choose_format
+from rl_lvr.latents.interventions import Intervention
+
+EVAL_CONDITIONS = tuple(
+    c.value
+    for c in (
+        Intervention.ORACLE,
+        Intervention.OWN,
+        Intervention.ZEROS,
+        Intervention.NOISE,
+        Intervention.SWAP,
+        Intervention.SKIP,
+        Intervention.NONE,
+    )
+)
+WITHOUT_EFFECT = {
+    "chat_template_path": "put the template into the model's folder",
+    "eos_token": "set it in the tokenizer",
+    "label_names": "there is one kind of label",
+    "load_in_4bit": "quantised training is not supported",
+    "load_in_8bit": "quantised training is not supported",
+    "model_init_kwargs": "use dtype and attn_implementation",
+    "model_revision": "models are read from disk: name the folder of the revision",
+    "remove_unused_columns": "the data set holds row numbers",
+    "train_sampling_strategy": "the order is random",
+}
+"""Settings of TRL and transformers that no verb can honour, and why. They are refused, not ignored."""
+
+
+@dataclass
+class Defaults:
+    """Settings of TRL whose default is another one here."""
+
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade time for memory."})
+    bf16: bool | None = field(
+        default=None, metadata={"help": "Mixed precision in bfloat16. Default: yes on a GPU, no on a CPU."}
+    )
+
+
+@dataclass
+class RunSettings:
+    """What a recipe says about the run whatever the verb."""
+
+    output_dir: str = field(default="", metadata={"help": "Folder of this run."})
+    overwrite: bool = field(default=False, metadata={"help": "Delete an earlier run in output_dir first."})
+    threads: int | None = field(default=None, metadata={"help": "CPU threads of torch; default: torch's own choice."})
+    stop_at: str | None = field(
+        default=None,
+        metadata={"help": "Stop early once a logged metric passes a bound, such as mean_token_accuracy>0.99."},
+    )
+
+    # data
+    train_file: str = field(default="", metadata={"help": "Records to train on: .jsonl, .parquet, or a saved dataset."})
+    eval_file: str | None = field(default=None, metadata={"help": "Records to evaluate on."})
+    train_limit: int | None = field(default=None, metadata={"help": "Use only the first records."})
+
+    # latents
+    latent_format: str | None = field(
+        default=None,
+        metadata={
+            "help": "A preset (lvr, lantern, monet, ...), or none to train without latents. Default: the checkpoint's."
+        },
+    )
+    latent_k: int | None = field(default=None, metadata={"help": "Latents per span."})
+    latent_length: str | None = field(default=None, metadata={"help": "fixed or free."})
+    latent_first: str | None = field(default=None, metadata={"help": "at_start or before_start."})
+    latent_projector: str | None = field(default=None, metadata={"help": "none, linear or mlp."})
+    latent_norm: str | None = field(default=None, metadata={"help": "none or embedding."})
+    add_marker_tokens: bool = field(
+        default=False, metadata={"help": "Add the format's marker tokens to a tokenizer that lacks them."}
+    )
+    oracle: str = field(
+        default="tokens",
+        metadata={"help": "tokens: image tokens under the box; crop: the crop through the tower."},
+    )
+
+    # freezing
+    freeze_vision_tower: bool = field(default=True, metadata={"help": "Keep the vision tower as it is."})
+    freeze_merger: bool = field(default=True, metadata={"help": "Keep the merger (projector) as it is."})
+
+    # evaluation under interventions
+    latent_eval_steps: int = field(
+        default=0, metadata={"help": "Answer eval records under interventions every so many steps."}
+    )
+    latent_eval_samples: int = field(default=256, metadata={"help": "How many eval records."})
+    latent_eval_conditions: list[str] = field(
+        default_factory=lambda: ["oracle", "own", "zeros", "noise"],
+        metadata={"help": "Interventions to answer under."},
+    )
+    latent_eval_max_tokens: int = field(default=64, metadata={"help": "Longest completion in that evaluation."})
+    latent_eval_batch: int = field(default=64, metadata={"help": "Rows decoded together in that evaluation."})
+
+    def format_of(self, stored: LatentFormat | None, folder: str) -> LatentFormat | None:
+        """The run's format: the recipe's or the checkpoint's, with the recipe's changes; None is without latents."""
+        changes = {
+            name.removeprefix("latent_"): getattr(self, name)
+            for name in ("latent_k", "latent_length", "latent_first", "latent_projector", "latent_norm")
+            if getattr(self, name) is not None
+        }
+        if self.latent_format != "none":
+            return choose_format(self.latent_format, stored, folder, **changes)
+        if changes:
+            raise UserError(f"latent_format is none, but latent_{next(iter(changes))} is set; remove one of them.")
+        return None
+
+
+def check_run(config: Any) -> None:
+    """Refuse what cannot be in the settings of `RunSettings`, and settle what follows from them."""
+    if not config.output_dir:
+        raise UserError("output_dir is missing: name the folder of this run.")
+    if not config.train_file:
+        raise UserError("train_file is missing: name the records to train on.")
+    require_choice(config, "oracle", ("tokens", "crop"))
+    for name in config.latent_eval_conditions:
+        if name not in EVAL_CONDITIONS:
+            raise UserError(f"latent_eval_conditions holds {name!r}; choose from {', '.join(EVAL_CONDITIONS)}.")
+    require_at_least(config, 0, "learning_rate", "latent_eval_steps")
+    require_at_least(
+        config, 1, "latent_eval_samples", "latent_eval_max_tokens", "latent_eval_batch", "train_limit", "threads"
+    )
+    evaluates = bool(config.latent_eval_steps) or config.eval_strategy != "no"
+    if evaluates and config.eval_file is None:
+        raise UserError("evaluation is asked for but eval_file is missing: name the records to evaluate on.")
+    if config.eval_file is not None and not evaluates:
+        raise UserError("eval_file is set but nothing reads it: set latent_eval_steps or eval_strategy.")
+    config.remove_unused_columns = False  # our data sets hold row numbers, which stand for what the model takes
+    config.disable_tqdm = True  # callbacks.Progress draws the bar
+
+
+def settle_device(config: Any) -> None:
+    """What is right on a machine without a GPU, where transformers would take a GPU's defaults."""
+    if not torch.cuda.is_available():
+        config.dataloader_pin_memory = False
+        if config.bf16 is None:
+            config.bf16 = False
+
+
+def require_at_least(config: Any, least: int, *names: str) -> None:
+    """Refuse smaller numbers; None passes."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value >= least:
+            raise UserError(f"{name} is {value}; it must be {'0 or more' if least == 0 else f'at least {least}'}.")
+
+
+def require_choice(config: Any, name: str, allowed: tuple[str, ...]) -> None:
+    """Refuse anything but the words `allowed`."""
+    if getattr(config, name) not in allowed:
+        raise UserError(f"{name} is {getattr(config, name)!r}; choose {' or '.join(allowed)}.")
