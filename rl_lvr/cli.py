@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return arguments.run(arguments)
     except UserError as error:
         print(f"rl-lvr: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except OSError as error:
         if error.filename is None:
             raise
