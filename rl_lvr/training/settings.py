@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from rl_lvr.errors import UserError
 from rl_lvr.latents.format import LatentFormat, choose_format
 from rl_lvr.latents.interventions import Intervention
+from rl_lvr.models import Family
 
 EVAL_CONDITIONS = tuple(
     c.value
@@ -138,6 +140,14 @@ def check_run(config: Any) -> None:
         raise UserError("eval_file is set but nothing reads it: set latent_eval_steps or eval_strategy.")
     config.remove_unused_columns = False  # our data sets hold row numbers, which stand for what the model takes
     config.disable_tqdm = True  # callbacks.Progress draws the bar
+
+
+def freeze_vision(config: Any, family: Family, model: nn.Module) -> None:
+    """Freeze the vision parts that the recipe freezes, and only those."""
+    parameters = family.vision_parameters(model)
+    for name, frozen in (("tower", config.freeze_vision_tower), ("merger", config.freeze_merger)):
+        for parameter in parameters[name]:
+            parameter.requires_grad_(not frozen)
 
 
 def settle_device(config: Any) -> None:

@@ -31,6 +31,7 @@ from rl_lvr.models import Family, load_weights
 from rl_lvr.rollout.forward import evaluating
 from rl_lvr.training.config import LatentSFTConfig
 from rl_lvr.training.objectives import LatentPairs, latent_objective
+from rl_lvr.training.settings import freeze_vision
 
 
 class LatentSFTTrainer(SFTTrainer):
@@ -57,10 +58,7 @@ class LatentSFTTrainer(SFTTrainer):
         self.family = family
         self.markers = markers
         self._has_feedback = hasattr(model, FEEDBACK)
-        parameters = family.vision_parameters(model)
-        for name, frozen in (("tower", args.freeze_vision_tower), ("merger", args.freeze_merger)):
-            for parameter in parameters[name]:
-                parameter.requires_grad_(not frozen)
+        freeze_vision(args, family, model)
         tokenizer = getattr(processor, "tokenizer", processor)
         self.image_id = family.placeholder_ids(tokenizer)["image"]
         super().__init__(
