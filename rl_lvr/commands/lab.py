@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rl_lvr.lab.demo import DemoConfig
 
 HELP = "build a tiny model from scratch, measure it, and run the demo"
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+POLICIES = ("context", "unrolled", "gaussian", "spherical")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +32,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     measure.add_argument("model", help="checkpoint folder")
     measure.add_argument("--data", required=True, help="records with answers")
     measure.add_argument("--conditions", default="own,zeros,noise,swap", help="interventions, separated by commas")
+    measure.add_argument(
+        "--signals", default="", help="signals to measure on its own latents, separated by commas (docs/signals.md)"
+    )
     measure.add_argument("--format", help="latent format, for a checkpoint that was trained without one")
     measure.add_argument("--limit", type=int, help="only the first records")
     measure.add_argument("--batch", type=int, default=128, help="rows decoded together")
@@ -35,17 +45,26 @@ def configure(parser: argparse.ArgumentParser) -> None:
     measure.add_argument("--out", help="write the accuracies as JSON; every answer goes beside it as JSONL")
 
     demo = verbs.add_parser("demo", help="a model whose latents carry the answer and one whose latents are idle")
-    demo.add_argument("--out", default="runs/demo", help="folder of models, tables and the picture")
-    demo.add_argument("--seeds", type=int, default=1, help="how many models of each kind")
-    demo.add_argument("--family", choices=FAMILIES, default="qwen2_5_vl")
-    demo.add_argument("--train", type=int, default=24000, help="training puzzles per set")
-    demo.add_argument("--test", type=int, default=1000, help="held-out puzzles per set")
-    demo.add_argument("--max-steps", type=int, help="cut every training run short: a quick look, no result")
+    _experiment(demo, "runs/demo")
+
+    grpo = verbs.add_parser("grpo", help="what GRPO adds to a model that was trained too short, by latent policy")
+    _experiment(grpo, "runs/lab-grpo")
+    grpo.add_argument("--policies", default=",".join(POLICIES), help="latent policies, separated by commas")
+    grpo.add_argument("--from", dest="source", metavar="DEMO", help="folder of a demo whose pre-trained models serve")
+
+
+def _experiment(verb: argparse.ArgumentParser, out: str) -> None:
+    verb.add_argument("--out", default=out, help="folder of models, tables and the picture")
+    verb.add_argument("--seeds", type=int, default=1, help="how many models of each kind")
+    verb.add_argument("--family", choices=FAMILIES, default="qwen2_5_vl")
+    verb.add_argument("--train", type=int, default=24000, help="training puzzles per set")
+    verb.add_argument("--test", type=int, default=1000, help="held-out puzzles per set")
+    verb.add_argument("--max-steps", type=int, help="cut every training run short: a quick look, no result")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run one experiment."""
-    return {"build": _build, "evaluate": _evaluate, "demo": _demo}[arguments.lab](arguments)
+    return {"build": _build, "evaluate": _evaluate, "demo": _demo, "grpo": _grpo}[arguments.lab](arguments)
 
 
 def _build(arguments: argparse.Namespace) -> int:
@@ -67,7 +86,6 @@ def _build(arguments: argparse.Namespace) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     import json
-    from pathlib import Path
 
     from rl_lvr.errors import UserError
     from rl_lvr.latents.interventions import Intervention
@@ -104,6 +122,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         limit=arguments.limit,
         batch_size=arguments.batch,
         sampling=Sampling(max_tokens=arguments.max_tokens, temperature=arguments.temperature, seed=arguments.seed),
+        signals=[name.strip() for name in arguments.signals.split(",") if name.strip()],
     )
     summary = found.summary()
     if out is not None:
@@ -113,28 +132,54 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     for name in conditions:
         figure = summary[name.value]
         print(f"{name.value:14} {found.undefined[name.value] if figure is None else format(figure, '.4f')}")
+    for name, mean in found.signals.items():
+        print(f"{name:14} {'-' if mean is None else format(mean, '.4f')}")
     print(f"{'records':14} {summary['n']}")
     return 0
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
-
-    from rl_lvr.errors import UserError
-    from rl_lvr.lab.demo import DemoConfig, run_demo
+    from rl_lvr.lab.demo import run_demo
     from rl_lvr.lab.picture import table
+
+    out, puzzles = _start(arguments)
+    return _finish(lambda: run_demo(out, arguments.seeds, puzzles), table, out, "demo.png")
+
+
+def _grpo(arguments: argparse.Namespace) -> int:
+    from rl_lvr.errors import UserError
+    from rl_lvr.lab.grpo import GRPOConfig, run_grpo
+    from rl_lvr.lab.grpo_picture import table
+
+    policies = tuple(part.strip() for part in arguments.policies.split(","))
+    for name in policies:
+        if name not in POLICIES or policies.count(name) > 1:
+            raise UserError(f"--policies names {name!r}; choose from {', '.join(POLICIES)}, each once.")
+    out, puzzles = _start(arguments)
+    config = GRPOConfig(policies, puzzles, arguments.source)
+    return _finish(lambda: run_grpo(out, arguments.seeds, config), table, out, "grpo.png")
+
+
+def _start(arguments: argparse.Namespace) -> tuple[Path, DemoConfig]:
+    from rl_lvr.errors import UserError
+    from rl_lvr.lab.demo import DemoConfig
 
     if arguments.seeds < 1:
         raise UserError(f"--seeds is {arguments.seeds}; it must be at least 1.")
-    out = Path(arguments.out)
     config = DemoConfig(
         family=arguments.family, train=arguments.train, test=arguments.test, max_steps=arguments.max_steps
     )
+    return Path(arguments.out), config
+
+
+def _finish(
+    experiment: Callable[[], dict[str, Any]], table: Callable[[dict[str, Any]], str], out: Path, picture: str
+) -> int:
     try:
-        summary = run_demo(out, arguments.seeds, config)
+        summary = experiment()
     except KeyboardInterrupt:
         print("rl-lvr: stopped; the same command goes on from here.", file=sys.stderr)
         return 130
     print(table(summary))
-    print(f"{out / 'summary.json'}\n{out / 'demo.png'}")
+    print(f"{out / 'summary.json'}\n{out / picture}")
     return 0

@@ -1,8 +1,8 @@
-"""A checkpoint on a file of records, under interventions: accuracies and every answer."""
+"""A checkpoint on a file of records, under interventions: accuracies, every answer, and signals of its own latents."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ from rl_lvr.latents.interventions import Intervention
 from rl_lvr.models import family_of, load_model
 from rl_lvr.models.loading import checkpoint_folder
 from rl_lvr.progress import track
+from rl_lvr.rollout.forward import replay_batch
 from rl_lvr.rollout.hf import HFRolloutEngine
 from rl_lvr.rollout.types import Sampling
+from rl_lvr.signals import measure, parse_signals
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,13 @@ class Evaluation:
     scored: dict[str, Scored]
     undefined: dict[str, str]
     """Conditions without a figure, and why."""
+    signals: dict[str, float | None]
+    """Means over the completions with own latents that have a value; None if none has."""
 
     def summary(self) -> dict[str, Any]:
         """Accuracies by condition, null where there is none, and how many records they stand on."""
         found = {name: s.accuracy for name, s in self.scored.items()}
-        return {"n": len(self.records), **found, **dict.fromkeys(self.undefined)}
+        return {"n": len(self.records), **found, **dict.fromkeys(self.undefined), **self.signals}
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per record and condition."""
@@ -57,11 +61,15 @@ def evaluate(
     limit: int | None = None,
     batch_size: int = 128,
     sampling: Sampling | None = None,
+    signals: Sequence[str | Mapping[str, Any]] = (),
 ) -> Evaluation:
-    """Answer the records of `data_file` with the model under each condition.
+    """Answer the records of `data_file` with the model under each condition, and measure `signals` on own latents.
 
     A checkpoint that was trained without latents needs `format_name` for the markers that the conditions speak of.
     """
+    specs = parse_signals(signals)
+    if specs and Intervention.OWN not in conditions:
+        raise UserError("signals are measured on the model's own latents: add own to the conditions.")
     require_valid(data_file)
     records = load_records(data_file, limit)
     model_path = str(checkpoint_folder(model_path))
@@ -84,4 +92,13 @@ def evaluate(
     questions = AnswerSet(encoded, answers, family, tokenizer, batch_size)
     engine = HFRolloutEngine(model, processor, latent_format, batch_size=batch_size, progress=True)
     found = questions.answer(engine, model, conditions, sampling or Sampling(max_tokens=64, temperature=0.0))
-    return Evaluation([r.id for r in records], answers, found.scored, found.undefined)
+    columns: dict[str, list[float]] = {spec.name: [] for spec in specs}
+    if specs:
+        rollouts = found.scored[Intervention.OWN.value].rollouts
+        for start in track(range(0, len(rollouts), batch_size), "measuring signals", unit="batches"):
+            rows = slice(start, start + batch_size)
+            batch = replay_batch(model, rollouts[rows], [e.images for e in encoded[rows]])
+            for name, column in measure(model, batch, markers, specs).columns.items():
+                columns[name] += [v for v, count in zip(column.values, column.counts, strict=True) if count]
+    means = {name: sum(values) / len(values) if values else None for name, values in columns.items()}
+    return Evaluation([r.id for r in records], answers, found.scored, found.undefined, means)

@@ -1,0 +1,244 @@
+"""`rl-lvr lab grpo`: what GRPO adds to a model whose supervised training was stopped early, by latent policy.
+
+Per seed: pre-training (or the demo's), an SFT that stops once own latents give every second answer, one GRPO run per
+policy from there, one more with the attention reward, and one step with each engine. Stages are run by `runner.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rl_lvr.data.puzzles import PuzzleConfig
+from rl_lvr.errors import UserError
+from rl_lvr.lab.demo import DemoConfig
+from rl_lvr.lab.grpo_picture import draw
+from rl_lvr.lab.runner import Runner, Stage, claim, say
+from rl_lvr.rollout.record import FOLDER
+
+ATTENTION = "gaussian"
+"""The policy of the pair with and without the attention reward: one in which latents themselves are actions."""
+MASS = "attention_mass"
+"""Mass of the text after the latents on the latents, all layers and heads: the signal of that reward, held out."""
+
+
+@dataclass(frozen=True)
+class GRPOConfig:
+    """What the experiment runs. A folder made with one config is not continued with another."""
+
+    policies: tuple[str, ...] = ()
+    puzzles: DemoConfig = field(default_factory=DemoConfig)
+    source: str | None = None
+    """A demo's folder whose pre-trained models are used, by seed."""
+
+    @property
+    def sets(self) -> dict[str, PuzzleConfig]:
+        return {name: self.puzzles.puzzles(name) for name in ("one_hop", "diagnostic")}
+
+    def to_json(self) -> dict[str, Any]:
+        return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]
+
+
+def run_grpo(out: Path, seeds: int, config: GRPOConfig) -> dict[str, Any]:
+    """Run or continue the experiment in `out`; returns and writes the summary."""
+    if config.source is not None:
+        _check_source(Path(config.source), seeds, config)
+    claim(out, "grpo", config.to_json())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the children the way Ctrl-C does
+    lab = GRPOLab(Runner(out, config.puzzles.max_steps), config)
+    results = []
+    try:
+        lab.draw_puzzles()
+        for seed in range(seeds):
+            results.append(lab.run_seed(seed, config.policies))
+            summary = summarise(results, config)
+            (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    finally:
+        lab.runner.stop()
+    draw(summary, out / "grpo.png")
+    return summary
+
+
+def _check_source(source: Path, seeds: int, config: GRPOConfig) -> None:
+    for seed in range(seeds):
+        if not (source / f"seed-{seed}" / "pretrain" / "trainer_state.json").is_file():
+            raise UserError(
+                f"{source} holds no pre-trained model of seed {seed}: run rl-lvr lab demo --seeds {seeds} there first, "
+                "or leave --from out."
+            )
+    known = json.loads((source / "demo.json").read_text(encoding="utf-8"))
+    theirs = {key: known[key] for key in ("family", "rows", "cols")}
+    mine = {key: getattr(config.puzzles, key) for key in theirs}
+    if theirs != mine:
+        raise UserError(f"the models in {source} are of {theirs}, this experiment's of {mine}: leave --from out.")
+
+
+class GRPOLab:
+    """The stages of the experiment, for its own command and for the demo."""
+
+    def __init__(self, runner: Runner, config: GRPOConfig) -> None:
+        self.runner = runner
+        self.config = config
+        self.half = max(runner.cores // 2, 1)
+
+    @property
+    def data(self) -> Path:
+        return self.runner.data("diagnostic")
+
+    @property
+    def validation(self) -> Path:
+        """Pictures of neither training nor test: by them the SFT is stopped."""
+        return self.runner.data("stop") / "val.parquet"
+
+    def draw_puzzles(self) -> None:
+        counts = {"train": self.config.puzzles.train, "test": self.config.puzzles.test}
+        sets = self.config.sets
+        if self.config.source is not None:
+            del sets["one_hop"]
+        self.runner.draw_puzzles(sets, counts)
+        self.draw_validation()
+
+    def draw_validation(self) -> None:
+        self.runner.draw_puzzles(
+            {"stop": self.config.puzzles.puzzles("diagnostic")}, {"train": 0, "val": 300, "test": 0}
+        )
+
+    def run_seed(self, seed: int, policies: Sequence[str]) -> dict[str, Any]:
+        """All models and figures of one seed."""
+        folder = self.runner.out / f"seed-{seed}"
+        path = folder / "grpo.json"
+        if path.is_file():
+            return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+        if self.config.source is None:
+            grid = f"{self.config.puzzles.rows}x{self.config.puzzles.cols}"
+            pretrained = self.runner.pretrained(folder, self.config.puzzles.family, grid, seed)
+        else:
+            pretrained = Path(self.config.source) / f"seed-{seed}" / "pretrain"
+        start = self.start_stage(seed, pretrained)
+        self.runner.train(seed, [[start]])
+        before = self.measure(start)
+        say(f"seed {seed}, before: {_line(before)}")
+        stages = {policy: self.stage(seed, policy) for policy in policies}
+        runs = list(stages.values())
+        with_attention = None
+        if ATTENTION in policies:
+            with_attention = self.stage(seed, ATTENTION, attention=True)
+            runs.append(with_attention)
+        after: dict[str, dict[str, Any]] = {}
+
+        def measure(stage: Stage) -> None:
+            after[stage.name] = self.measure(stage)
+            say(f"seed {seed}, {stage.name}: {_line(after[stage.name])}")
+
+        self.runner.train(seed, [runs[0::2], runs[1::2]], measure)
+        result: dict[str, Any] = {
+            "seed": seed,
+            "start": {"oracle": before["oracle"], "steps": start.step()[0], MASS: before[MASS]},
+            "policies": {
+                policy: self._row(stage, before, after, with_attention if policy == ATTENTION else None)
+                for policy, stage in stages.items()
+            },
+            "engines": self.first_steps(seed),
+        }
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        return result
+
+    def _row(
+        self, stage: Stage, before: dict[str, Any], after: dict[str, Any], attention: Stage | None
+    ) -> dict[str, Any]:
+        mine = after[stage.name]
+        row = {
+            "own_before": before["own"],
+            "own_after": mine["own"],
+            "oracle_after": mine["oracle"],
+            "attention_mass": {"with": None, "without": mine[MASS]},
+            "seconds": round(stage.seconds["cpu"], 1),
+            "wall_seconds": round(stage.seconds["wall"], 1),
+        }
+        if attention is not None:
+            theirs = after[attention.name]
+            row["attention_mass"]["with"] = theirs[MASS]
+            row["with_attention"] = {
+                "own_after": theirs["own"],
+                "oracle_after": theirs["oracle"],
+                "seconds": round(attention.seconds["cpu"], 1),
+            }
+        return row
+
+    # ---- stages
+
+    def start_stage(self, seed: int, pretrained: Path) -> Stage:
+        """The SFT that is stopped early."""
+        folder = self.runner.out / f"seed-{seed}" / "grpo-start"
+        settings = {"eval_file": self.validation}
+        return Stage("start", "grpo_start", pretrained, self.data, folder, self.runner.cores, settings=settings)
+
+    def stage(self, seed: int, policy: str, *, attention: bool = False, **settings: Any) -> Stage:
+        """One GRPO run from there."""
+        name = f"{policy}-attention" if attention else policy
+        recipe = "grpo_attention" if attention else f"grpo_{policy}"
+        home = self.runner.out / f"seed-{seed}"
+        folder = home / f"grpo-{name}"
+        start = home / "grpo-start"
+        return Stage(name, recipe, start, self.data, folder, self.half, "grpo", settings)
+
+    def measure(self, stage: Stage) -> dict[str, Any]:
+        """Held-out accuracies with own and oracle latents, and the attention on own ones."""
+        return self.runner.evaluate(stage, ("own", "oracle"), self.data / "test.parquet", "--signals", MASS)
+
+    def first_steps(self, seed: int) -> dict[str, Any]:
+        """The rewards of one step with each engine: same start, same seed."""
+        if find_spec("vllm") is None:
+            return {"equal": None, "n": 0, "why": "vLLM is not installed"}
+        found = {}
+        for engine in ("hf", "vllm"):
+            stage = self.stage(seed, "context", engine=engine, max_steps=1, record_rollouts="true", save_strategy="no")
+            stage.name = f"first step, {engine}"
+            stage.folder = stage.folder.with_name(f"first-step-{engine}")
+            self.runner.train(seed, [[stage]])
+            found[engine] = _recorded(stage.folder / FOLDER / "rollouts-0.jsonl")
+        rewards, tokens = ({name: [row[key] for row in rows] for name, rows in found.items()} for key in (0, 1))
+        return {
+            "equal": rewards["hf"] == rewards["vllm"],
+            "tokens_equal": tokens["hf"] == tokens["vllm"],
+            "n": len(found["hf"]),
+            "reward": sum(sum(row.values()) for row in rewards["hf"]) / len(found["hf"]),
+        }
+
+
+def _recorded(path: Path) -> list[tuple[dict[str, float], list[int]]]:
+    """Rewards and tokens of the rollouts of a run, in order."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [(row["rewards"], row["completion_ids"]) for row in rows]
+
+
+def summarise(results: list[dict[str, Any]], config: GRPOConfig) -> dict[str, Any]:
+    """Per policy the means over seeds and each seed's row; the pair with and without attention; the engines."""
+    policies = {}
+    for policy in config.policies:
+        rows = [{"seed": r["seed"], **r["policies"][policy]} for r in results]
+        gains = [row["own_after"] - row["own_before"] for row in rows]
+        policies[policy] = {
+            "gain": sum(gains) / len(gains),
+            "worst_gain": min(gains),
+            "seeds": rows,
+        }
+    engines = [r["engines"] for r in results]
+    known = [e["equal"] for e in engines if e["equal"] is not None]
+    return {
+        "config": config.to_json(),
+        "n": config.puzzles.test,
+        "policies": policies,
+        "start": [r["start"] for r in results],
+        "engines": {"equal": all(known) if known else None, "n": sum(e["n"] for e in engines), "seeds": engines},
+    }
+
+
+def _line(table: dict[str, Any]) -> str:
+    mass = table[MASS]
+    return f"own {table['own']:.3f}  oracle {table['oracle']:.3f}  mass {'-' if mass is None else format(mass, '.3f')}"
