@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -144,7 +144,7 @@ class RolloutLog:
         for row, rollout in enumerate(rollouts):
             where = None if name is None else {"file": name, "row": row}
             placed = replace(rollout, step=step, rank=self._rank, index=self._next + row, latents=where)
-            lines.append(json.dumps({k: v for k, v in asdict(placed).items() if v is not None}) + "\n")
+            lines.append(json.dumps({k: v for k, v in vars(placed).items() if v is not None}) + "\n")
         self._next += len(rollouts)
         with self._path.open("ab") as file:
             file.write("".join(lines).encode())
@@ -162,6 +162,21 @@ class RolloutLog:
             os.fsync(file.fileno())
         partial.rename(path)
         return path.name
+
+
+def drop_from(folder: Path, rank: int, step: int) -> None:
+    """Remove what a rank recorded at `step` and later: a run that is resumed there makes these steps again."""
+    path = folder / f"rollouts-{rank:05d}.jsonl"
+    if not path.is_file():
+        return
+    _mend_tail(path)
+    kept = [line for line in path.read_bytes().splitlines(keepends=True) if json.loads(line)["step"] < step]
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(b"".join(kept))
+    partial.replace(path)
+    for latents in folder.glob(f"latents-{rank:05d}-*.safetensors"):
+        if int(latents.name.split("-")[2]) >= step:
+            latents.unlink()
 
 
 def _mend_tail(path: Path) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from trl import GRPOTrainer
 
 from rl_lvr.errors import UserError
 from rl_lvr.latents.batch import LatentBatch
@@ -33,6 +32,8 @@ from rl_lvr.rollout.types import Capability, RolloutEngine, Sampling, latent_bat
 from rl_lvr.signals import parse_signals
 from rl_lvr.training.grpo_columns import made_columns, record, require_columns
 from rl_lvr.training.grpo_config import LatentGRPOConfig
+from rl_lvr.training.grpo_guard import GuardedGRPO
+from rl_lvr.training.grpo_inputs import processed_once
 from rl_lvr.training.grpo_pass import FedModel, own_latents
 from rl_lvr.training.grpo_turn import (
     Turn,
@@ -48,7 +49,7 @@ PARITY_ROWS = 4
 _log = logging.getLogger(__name__)
 
 
-class LatentGRPOTrainer(GRPOTrainer):
+class LatentGRPOTrainer(GuardedGRPO):
     """GRPO on rollouts with latents.
 
     `latent_format` None trains without latents and is TRL's trainer. `engine` is any `RolloutEngine` of the same
@@ -114,7 +115,7 @@ class LatentGRPOTrainer(GRPOTrainer):
                 f"the engine runs latent format {engine.markers.format.name!r} with other markers or another k than "
                 f"the trainer's {latent_format.name!r}: make both from one format and one tokenizer."
             )
-        self.engine = engine
+        self._guard_engine(engine)
         self.sampling = Sampling(
             max_tokens=config.max_completion_length,
             temperature=config.temperature,
@@ -161,8 +162,9 @@ class LatentGRPOTrainer(GRPOTrainer):
                 prompt_ids, images, multimodal_fields, num_generations, has_tool_images
             )
         assert self._turn is not None
+        self._heed()
         if self._synced_step != self.state.global_step:
-            self.engine.sync_weights(self.model)
+            self._ask("did not take over the weights", lambda: self.engine.sync_weights(self.model))
             self._synced_step = self.state.global_step
         mode, first = self._mode, self.accelerator.process_index * len(prompt_ids)
         step, number = self.state.global_step, self._next_turn()
@@ -174,8 +176,10 @@ class LatentGRPOTrainer(GRPOTrainer):
         turn.requests = build_requests(self.family, prompt_ids, images, multimodal_fields, seed)
         sampling = self.sampling if mode == "train" else replace(self.sampling, sigma=0.0)
         with torch.no_grad(), self.accelerator.autocast():
-            turn.rollouts = self.engine.generate(turn.requests, sampling)
+            turn.rollouts = self._ask("failed", lambda: self._completed(turn.requests, sampling))
+            turn.excluded = self._excluded(turn.rollouts)
             self._check_parity(turn, sampling)
+        self._heed()
         return (
             [list(rollout.completion_ids) for rollout in turn.rollouts],
             [rollout.logprobs.tolist() for rollout in turn.rollouts],
@@ -188,17 +192,18 @@ class LatentGRPOTrainer(GRPOTrainer):
         self._turns[self._mode] = (self.state.global_step, number)
         return number
 
-    @property
-    def _mode(self) -> str:
-        return "train" if self.model.training else "eval"
-
     def _generate(self, prompts: list[Any]) -> Any:
-        """The parent's `tool_mask` comes from tools alone; here forced tokens get zeros: no loss, KL or ratio there."""
+        """The parent's `tool_mask` comes from tools alone; here forced tokens get zeros, and whole rollouts that
+        are left out: no loss, KL or ratio there.
+        """
         made = super()._generate(prompts)
         if self.markers is None:
             return made
         assert self._turn is not None
-        tool_mask = [(~rollout.forced).int().tolist() for rollout in self._turn.rollouts]
+        tool_mask = [
+            (~rollout.forced & (not left_out)).int().tolist()
+            for rollout, left_out in zip(self._turn.rollouts, self._turn.excluded, strict=True)
+        ]
         return (*made[:2], tool_mask, *made[3:])
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -207,10 +212,13 @@ class LatentGRPOTrainer(GRPOTrainer):
         weights = weights_at(self.specs, self.state.global_step)
         self.reward_weights = torch.tensor(weights, dtype=torch.float32)
         if self.markers is None:
-            return super()._generate_and_score_completions(inputs)
+            output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+            self._note_learning(output["advantages"], mode)
+            return output
         self._turn = turn = Turn()
         try:
-            output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+            with processed_once(self, self.family, inputs):
+                output = super()._generate_and_score_completions(inputs)
         finally:
             self._turn = None
         assert turn.latents is not None
@@ -223,6 +231,7 @@ class LatentGRPOTrainer(GRPOTrainer):
         if not self._corrects:
             output["importance_sampling_ratio"] = torch.ones_like(output["importance_sampling_ratio"])
         self._log_latents(turn.latents, output["prompt_ids"].shape[1], mode)
+        self._note_learning(output["advantages"], mode)
         return output
 
     # ---- scoring passes
@@ -285,7 +294,7 @@ class LatentGRPOTrainer(GRPOTrainer):
     ) -> Tensor:
         """The parent hands over the columns of `inputs` only; signals and facts of rollouts become more of them."""
         if self.markers is None:
-            return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            return self._without_errors(super()._calculate_rewards(inputs, prompts, completions, completion_ids_list))
         turn = self._turn
         assert turn is not None
         mode = self._mode
@@ -298,14 +307,15 @@ class LatentGRPOTrainer(GRPOTrainer):
         if clash:
             raise UserError(f"the data has a column {clash[0]!r}, which the trainer makes itself: rename it.")
         rows = [{**row, **{name: values[i] for name, values in columns.items()}} for i, row in enumerate(inputs)]
-        rewards: Tensor = super()._calculate_rewards(rows, prompts, completions, completion_ids_list)
+        rewards = self._without_errors(super()._calculate_rewards(rows, prompts, completions, completion_ids_list))
         for name, column in turn.columns.items():
             known = [v for v, count in zip(column.values, column.counts, strict=True) if count and isinstance(v, float)]
             self._add_mean(mode, f"signal/{name}", sum(known), len(known))
         if mode == "train" and self.args.record_rollouts:
             mine = rewards[first : first + len(prompts)].tolist()
             self._record(turn, inputs, mine, groups)
-        return rewards
+        excluded = self.accelerator.gather(torch.tensor(turn.excluded, device=rewards.device))
+        return rewards.masked_fill(excluded[:, None], torch.nan)  # TRL leaves them out of their group's mean and std
 
     def _record(self, turn: Turn, inputs: list[dict[str, Any]], rewards: list[list[float]], groups: list[int]) -> None:
         if self._rollout_log is None:
@@ -320,7 +330,7 @@ class LatentGRPOTrainer(GRPOTrainer):
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """The parent scores `input_ids` with a fixed list of arguments; the latents of this micro-batch wait here."""
         if self.markers is None:
-            return super()._compute_loss(model, inputs)
+            return self._checked_loss(super()._compute_loss(model, inputs))
         self._feed = LatentBatch.from_tensors(inputs)
         try:
             loss: Tensor = super()._compute_loss(model, inputs)
@@ -333,7 +343,7 @@ class LatentGRPOTrainer(GRPOTrainer):
         if self.args.law is not None:
             loss = loss + self._latent_term(fed, inputs, mode)
         self._fed = None
-        return loss
+        return self._checked_loss(loss)
 
     def _latent_term(self, fed: FedModel, inputs: Mapping[str, Any], mode: str) -> Tensor:
         latents = LatentBatch.from_tensors(dict(inputs))
@@ -341,6 +351,7 @@ class LatentGRPOTrainer(GRPOTrainer):
         kept = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
         chosen = own_latents(latents, start) & (latents.sigma > 0)[:, None]
         chosen = chosen & kept.gather(1, latents.positions.clamp(min=0)).bool()
+        chosen = chosen & inputs["tool_mask"].bool().any(1, keepdim=True)  # not of a rollout that is left out
         actions = LatentActions(
             values=latents.values,
             chosen=chosen,
