@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from rl_lvr import __version__, quiet
 from rl_lvr.errors import UserError
 
-VERBS = ("sft", "generate", "rewards", "rollouts", "serve", "data", "lab", "doctor")
+VERBS = ("sft", "grpo", "generate", "rewards", "rollouts", "serve", "data", "lab", "doctor")
 
 
 def build_parser() -> argparse.ArgumentParser:

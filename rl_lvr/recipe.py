@@ -31,18 +31,8 @@ def parse_recipe(dataclass_types: Sequence[type], argv: Sequence[str]) -> tuple[
 
     `argv` may hold `--config FILE`; the remaining flags override the file.
     """
-    argv = [part for flag in argv for part in (flag.split("=", 1) if flag.startswith("--config=") else [flag])]
-    if argv and not argv[0].startswith("--"):
-        raise UserError(f"{argv[0]!r} stands alone; a recipe is named with --config {argv[0]}.")
-    recipe: dict[str, Any] = {}
-    where = ""
-    if "--config" in argv:
-        at = argv.index("--config")
-        if at + 1 == len(argv):
-            raise UserError("--config needs the path of a recipe.")
-        where = argv[at + 1]
-        recipe = read_recipe(where)
-        del argv[at : at + 2]
+    where, argv = split_config(argv)
+    recipe = {} if where is None else read_recipe(where)
     known = {f.name: f for cls in dataclass_types for f in dataclasses.fields(cls) if f.init}
     for key in recipe:
         _check_name(key, known, f"recipe {where}: unknown key")
@@ -59,6 +49,19 @@ def parse_recipe(dataclass_types: Sequence[type], argv: Sequence[str]) -> tuple[
         # A dataclass's own checks: transformers and TRL raise these with a sentence for the user.
         raise UserError(f"{where or 'flags'}: {' '.join(str(error).split())}") from error
     return parsed, {**recipe, **_overrides(argv)}
+
+
+def split_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The path behind `--config`, if it is there, and the other words."""
+    words = [part for flag in argv for part in (flag.split("=", 1) if flag.startswith("--config=") else [flag])]
+    if words and not words[0].startswith("--"):
+        raise UserError(f"{words[0]!r} stands alone; a recipe is named with --config {words[0]}.")
+    if "--config" not in words:
+        return None, words
+    at = words.index("--config")
+    if at + 1 == len(words):
+        raise UserError("--config needs the path of a recipe.")
+    return words[at + 1], words[:at] + words[at + 2 :]
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:

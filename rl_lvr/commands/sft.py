@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from rl_lvr import accelerated
+
 HELP = "train with supervised latents (a YAML recipe, and flags that override it)"
 PASS_THROUGH = True
 """Flags are the fields of the config classes, which import torch: they are parsed in `run`."""
@@ -15,12 +17,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "KEY is any key of a recipe, such as train_file, latent_format, latent_k, learning_rate or max_steps: "
         "those of rl-lvr (docs/sft.md), of TRL's SFTConfig and of TRL's ModelConfig. "
-        "--resume_from_checkpoint latest goes on with an interrupted run."
+        "--resume_from_checkpoint latest goes on with an interrupted run. " + accelerated.HELP
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Parse, check everything that can be checked without a model, then train."""
+    words = accelerated.launch_words("sft", arguments.rest)
+    if words is not None:
+        accelerated.start(words)
+
     from trl import ModelConfig
 
     from rl_lvr.recipe import parse_recipe

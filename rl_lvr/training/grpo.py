@@ -79,7 +79,7 @@ class LatentGRPOTrainer(GuardedGRPO):
             tokenizer = getattr(processing_class, "tokenizer", processing_class)
             self.family = family_of(model)
             self.markers = latent_format.bind(tokenizer, self.family.placeholder_ids(tokenizer))
-            _check_settings(args, latent_format, self.family.hidden_size)
+            check_settings(args, latent_format, self.family.hidden_size)
         args.reward_weights = weights_at(self.specs, 0)
         super().__init__(
             model=model,
@@ -466,7 +466,7 @@ def _undistorted(sampling: Sampling) -> bool:
     return filters == (1.0, 0, 0.0, 1.0)
 
 
-def _check_settings(args: LatentGRPOConfig, latent_format: LatentFormat, hidden_size: int) -> None:
+def check_settings(args: LatentGRPOConfig, latent_format: LatentFormat, hidden_size: int) -> None:
     """Settings that TRL's own generation would read."""
     if args.use_vllm or args.use_transformers_continuous_batching:
         name = "use_vllm" if args.use_vllm else "use_transformers_continuous_batching"

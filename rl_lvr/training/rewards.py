@@ -12,12 +12,13 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rl_lvr.errors import UserError
 from rl_lvr.training.rewarding.finding import Found, find
 from rl_lvr.training.rewarding.guard import RewardError, guard
-from rl_lvr.training.rewarding.options import options_of, signal_names, with_options
+from rl_lvr.training.rewarding.options import FROM_TRAINER, options_of, signal_names, with_options
 
 __all__ = ["MADE_BY_TRAINER", "RewardError", "RewardSpec", "Schedule", "load_rewards", "signals_of", "weights_at"]
 
@@ -64,17 +65,22 @@ class RewardSpec:
     """Entries for `rl_lvr.signals.parse_signals`; each arrives as a column of its name."""
     takes: frozenset[str]
     """Names of the columns that it takes, signals included."""
+    needs: frozenset[str]
+    """Columns of the data without which it cannot be called."""
     doc: str
 
     def weight_at(self, step: int) -> float:
         return self.weight * self.schedule.at(step)
 
 
-def load_rewards(entries: Sequence[str | Mapping[str, Any]]) -> list[RewardSpec]:
-    """The rewards of a recipe, in its order: each a name, or a mapping with some of `KEYS` (or that as JSON text)."""
+def load_rewards(entries: Sequence[str | Mapping[str, Any]], beside: Path | None = None) -> list[RewardSpec]:
+    """The rewards of a recipe, in its order: each a name, or a mapping with some of `KEYS` (or that as JSON text).
+
+    Files are looked for from here, and then in the folder `beside`: the recipe's.
+    """
     if isinstance(entries, str | Mapping):
         raise UserError("rewards must be a list: write each below the other, with a dash.")
-    specs = [_load(entry) for entry in entries]
+    specs = [_load(entry, beside) for entry in entries]
     names = [spec.name for spec in specs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -102,10 +108,10 @@ def weights_at(specs: Sequence[RewardSpec], step: int) -> list[float]:
     return [spec.weight_at(step) for spec in specs]
 
 
-def _load(entry: str | Mapping[str, Any]) -> RewardSpec:
+def _load(entry: str | Mapping[str, Any], beside: Path | None) -> RewardSpec:
     fields = _fields(entry)
     name = fields["name"]
-    found = find(name)
+    found = find(name, beside)
     options = fields.get("options") or {}
     if not isinstance(options, Mapping):
         raise UserError(f"reward {name!r}: options are {options!r}; write them as name: value.")
@@ -131,6 +137,7 @@ def _load(entry: str | Mapping[str, Any]) -> RewardSpec:
         schedule=_schedule(name, fields.get("schedule", "constant")),
         signals=signals,
         takes=frozenset(_taken(reward) | signal_names(signals)),
+        needs=frozenset(_needed(reward) - signal_names(signals) - set(MADE_BY_TRAINER) - FROM_TRAINER),
         doc=first_line(found.target),
     )
 
@@ -177,6 +184,12 @@ def _taken(reward: Callable[..., Any]) -> set[str]:
     parameters = inspect.signature(reward).parameters.values()
     names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     return names - {name for name, p in options_of(reward).items() if p.kind is p.KEYWORD_ONLY}
+
+
+def _needed(reward: Callable[..., Any]) -> set[str]:
+    parameters = inspect.signature(reward).parameters.values()
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return {p.name for p in named if p.default is p.empty}
 
 
 def _schedule(name: str, given: Any) -> Schedule:

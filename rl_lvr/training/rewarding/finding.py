@@ -40,15 +40,15 @@ def installed() -> dict[str, list[EntryPoint]]:
     return found
 
 
-def find(reference: str) -> Found:
-    """The reward that a recipe names."""
+def find(reference: str, beside: Path | None = None) -> Found:
+    """The reward that a recipe names. A file is looked for from here, and then in the folder `beside`."""
     place, colon, attribute = reference.rpartition(":")
     if not colon:
         return _from_entry_point(reference)
     if not place or not attribute.isidentifier():
         raise UserError(f"reward {reference!r} is not of the form package.module:function or path/file.py:function.")
     if place.endswith(".py") or "/" in place:
-        module, where = _module_of_file(reference, Path(place)), place
+        module, where = _module_of_file(reference, Path(place), beside), place
     else:
         module, where = _module(reference, place), place
     return Found(attribute, f"{where}:{attribute}", _attribute(reference, module, attribute))
@@ -92,10 +92,13 @@ def _module(reference: str, name: str) -> ModuleType:
         raise UserError(f"reward {reference!r}: importing {name} failed ({type(error).__name__}: {error}).") from error
 
 
-def _module_of_file(reference: str, path: Path) -> ModuleType:
-    if not path.is_file():
-        raise UserError(f"reward {reference!r}: there is no file {path}.")
-    resolved = path.resolve()
+def _module_of_file(reference: str, path: Path, beside: Path | None) -> ModuleType:
+    places = [path] if beside is None else [path, beside / path]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        where = "" if len({place.resolve() for place in places}) == 1 else f", nor {places[1]}"
+        raise UserError(f"reward {reference!r}: there is no file {path}{where}.")
+    resolved = found.resolve()
     name = f"{resolved.stem}_{hashlib.sha256(str(resolved).encode()).hexdigest()[:12]}"
     if name in sys.modules:
         return sys.modules[name]

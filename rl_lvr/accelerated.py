@@ -1,0 +1,111 @@
+"""`--accelerate_config NAME|PATH`: a verb starts itself again through `accelerate launch`, in several processes.
+
+Two stages: `start` replaces this process, which has not imported torch, by one that runs `main` here; that one launches
+the processes and ends with the exit code of the first that failed.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from rl_lvr.errors import UserError
+
+FLAG = "accelerate_config"
+PASSED_ON = ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port")
+"""Flags of `accelerate launch` that may stand beside it. They win over those of the file."""
+CONFIGS = Path(__file__).resolve().parents[1] / "deepspeed_configs"
+HELP = (
+    "--accelerate_config NAME starts it in one process per GPU: ddp, zero2, zero3, zero3_offload (the files of "
+    f"deepspeed_configs) or a file of your own; beside it may stand --{', --'.join(PASSED_ON)}."
+)
+ALL_GPUS = "--one-process-per-gpu"
+"""Between `launch_words` and `main` alone: only the latter has torch to count them."""
+
+
+def launch_words(verb: str, words: Sequence[str]) -> list[str] | None:
+    """The words for `main` that start `rl-lvr VERB` again without `FLAG`; None if it is not among `words`."""
+    ours, rest = _split(words)
+    wanted = ours.pop(FLAG, None)
+    if wanted is None:
+        if ours:
+            raise UserError(f"--{next(iter(ours))} goes with --{FLAG}: name ddp, zero2, zero3 or a file.")
+        return None
+    file, named = config_file(wanted)
+    count = [ALL_GPUS] if named and "num_processes" not in ours else []
+    options = [part for name, value in ours.items() for part in (f"--{name}", value)]
+    return [*count, "--config_file", str(file), *options, "-m", "rl_lvr.cli", verb, *rest]
+
+
+def config_file(wanted: str) -> tuple[Path, bool]:
+    """The file that is meant, and whether it is one of `CONFIGS`, meant by its name."""
+    if wanted.endswith((".yaml", ".yml", ".json")) or "/" in wanted:
+        if not Path(wanted).is_file():
+            raise UserError(f"no accelerate config at {wanted}.")
+        return Path(wanted), False
+    file = CONFIGS / f"{wanted}.yaml"
+    if not file.is_file():
+        known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml"))) or f"none, as {CONFIGS} is missing"
+        raise UserError(f"no accelerate config {wanted!r}; there are {known}. A file of your own is named by its path.")
+    return file, True
+
+
+def start(words: Sequence[str]) -> NoReturn:
+    """Become `main`. The process stays the same one, so signals and the exit code need no passing on."""
+    os.execv(sys.executable, [sys.executable, "-m", __name__, *words])
+
+
+def main(words: list[str]) -> int:
+    """`accelerate launch`, with the exit code of the process that failed first instead of a traceback and 1."""
+    import torch
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    arguments = launch_command_parser().parse_args([word for word in words if word != ALL_GPUS])
+    if ALL_GPUS in words:
+        arguments.num_processes = torch.cuda.device_count() * (arguments.num_machines or 1)
+        if not arguments.num_processes:
+            print("rl-lvr: there is no GPU here: say how many processes with --num_processes.", file=sys.stderr)
+            return 2
+    try:
+        launch_command(arguments)
+    except ChildFailedError as failed:
+        _, first = failed.get_first_failure()
+        return first.exitcode if first.exitcode >= 0 else 128 - first.exitcode
+    except subprocess.CalledProcessError as failed:
+        return failed.returncode if failed.returncode >= 0 else 128 - failed.returncode
+    except SignalException as told:
+        return 128 + told.sigval
+    except ValueError as error:  # accelerate's own checks, each a sentence for the user
+        print(f"rl-lvr: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _split(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Flags that are ours with their values, and the other words."""
+    ours: dict[str, str] = {}
+    rest: list[str] = []
+    left = list(words)
+    while left:
+        word = left.pop(0)
+        name, given, value = word.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if not word.startswith("--") or name not in (FLAG, *PASSED_ON):
+            rest.append(word)
+            continue
+        if not given:
+            if not left or left[0].startswith("--"):
+                raise UserError(f"{word} needs a value.")
+            value = left.pop(0)
+        ours[name] = value
+    return ours, rest
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,101 @@
+"""From a parsed recipe to a finished run of GRPO."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, set_seed
+from trl import ModelConfig
+
+from rl_lvr import quiet
+from rl_lvr.data.check import Judge
+from rl_lvr.data.encoding import Encoder
+from rl_lvr.data.prompts import PromptJudge, prompt_rows
+from rl_lvr.data.records import load_records
+from rl_lvr.errors import UserError
+from rl_lvr.latents.format import LatentFormat
+from rl_lvr.signals import parse_signals
+from rl_lvr.training.conduct import Run, conduct
+from rl_lvr.training.grpo import LatentGRPOTrainer, check_settings
+from rl_lvr.training.grpo_columns import require_columns
+from rl_lvr.training.grpo_recipe import WITHOUT_EFFECT, GRPORecipe
+from rl_lvr.training.rewarding.options import FROM_TRAINER
+from rl_lvr.training.rewards import MADE_BY_TRAINER, RewardSpec, load_rewards, signals_of
+from rl_lvr.training.settings import freeze_vision
+from rl_lvr.training.start import (
+    LazyEncoded,
+    adapter_of,
+    check_files,
+    check_start,
+    load_start,
+    make_encoder,
+    questions_of,
+)
+
+
+def train_grpo(config: GRPORecipe, model_config: ModelConfig, given: dict[str, Any], recipe: Path | None) -> int:
+    """Train as the recipe says; returns the exit code. Reward files may lie beside `recipe`."""
+    start = check_start(config, model_config, given, WITHOUT_EFFECT)
+    specs = load_rewards(config.rewards, None if recipe is None else recipe.parent)
+    quiet.transformers()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    encoder = make_encoder(start, config)
+    _check_plan(config, specs, start.latent_format, encoder)
+    judge = _judge(encoder, specs)
+    _check_files(config, encoder, judge)
+    set_seed(config.seed)  # new tokens and projectors are drawn here, before TRL sets the seed
+    model = load_start(start, config, model_config, encoder)
+    freeze_vision(config, encoder.family, model)
+    train = prompt_rows(load_records(config.train_file, config.train_limit), judge.meta)
+    evaluation = questions = None
+    if config.eval_file:
+        records = load_records(config.eval_file)
+        if config.eval_strategy != "no":
+            evaluation = prompt_rows(records, judge.meta)
+        if config.latent_eval_steps:
+            questions = questions_of(records, LazyEncoded(records, encoder), encoder, config)
+
+    def build(callbacks: list[TrainerCallback]) -> LatentGRPOTrainer:
+        return LatentGRPOTrainer(
+            model,
+            config,
+            latent_format=start.latent_format,
+            rewards=specs,
+            train_dataset=train,
+            eval_dataset=evaluation,
+            processing_class=encoder.processor,
+            callbacks=callbacks,
+            peft_config=adapter_of(model_config, model, encoder.family, encoder.markers),
+        )
+
+    return conduct(Run("grpo", config, model_config, given, start), build, encoder, questions)
+
+
+def _check_plan(config: GRPORecipe, specs: list[RewardSpec], chosen: LatentFormat | None, encoder: Encoder) -> None:
+    """What the trainer would refuse, before weights are read."""
+    signals = parse_signals(signals_of(specs))
+    require_columns(specs, without_latents=chosen is None)
+    if chosen is not None:
+        check_settings(config, chosen, encoder.family.hidden_size)
+    elif signals:
+        raise UserError(f"signal {signals[0].name!r} needs a latent format: leave its reward out.")
+    elif config.engine != "hf" or config.engine_options:
+        raise UserError("latent_format is none, and TRL generates by itself then: leave engine and its options out.")
+
+
+def _judge(encoder: Encoder, specs: list[RewardSpec]) -> PromptJudge:
+    needed = {column: spec.name for spec in specs for column in spec.needs}
+    made = {entry.name for entry in parse_signals(signals_of(specs))}
+    return PromptJudge(encoder, needed, [*made, *MADE_BY_TRAINER, *FROM_TRAINER])
+
+
+def _check_files(config: GRPORecipe, encoder: Encoder, judge: PromptJudge) -> None:
+    judges: dict[str, Judge] = {config.train_file: judge}
+    answered = config.eval_strategy != "no"
+    if config.eval_file and config.eval_file not in judges:
+        judges[config.eval_file] = judge if answered else partial(encoder.judge, learned=False)
+    check_files(config, judges, [config.train_file, *([config.eval_file] if config.eval_file and answered else [])])
