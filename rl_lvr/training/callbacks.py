@@ -53,7 +53,16 @@ class MetricsFile(TrainerCallback):
 class Progress(TrainerCallback):
     """One bar for the run, with the latest figures; plain lines where the output is no terminal."""
 
-    SHOWN = ("loss", "mean_token_accuracy", "latent/nmse", "latent/accuracy_own", "learning_rate")
+    SHOWN = (
+        "loss",
+        "mean_token_accuracy",
+        "reward",
+        "latent/nmse",
+        "latent/rate",
+        "latent/replay_logp_diff",
+        "latent/accuracy_own",
+        "learning_rate",
+    )
 
     def __init__(self, description: str) -> None:
         self.description = description
@@ -118,34 +127,52 @@ class StopAt(TrainerCallback):
         **_: Any,
     ) -> None:
         logs = logs or {}
-        if "loss" in logs and self.metric not in logs and not self.metric.startswith(("eval_", "latent/")):
+        if "loss" in logs and self.metric not in logs and not self.metric.startswith(("eval_", "latent/", "signal/")):
             raise UserError(f"stop_at names {self.metric!r}, which is not logged; there are {', '.join(sorted(logs))}.")
         value = logs.get(self.metric)
         if value is not None and self.passes(value, self.bound):
             control.should_training_stop = True
 
 
-class Interrupt(TrainerCallback):
-    """The first Ctrl-C or SIGTERM ends the run after the current step, with a checkpoint; a second one at once.
+class Abandoned(KeyboardInterrupt):
+    """The step in progress is given up, because the run was told to stop. No `except Exception` swallows it."""
 
-    A signal in the middle of a step would leave half-updated parameters; so it is only noted, and acted on between
-    steps.
+
+class Interrupt(TrainerCallback):
+    """Ctrl-C or SIGTERM ends the run with a checkpoint of the last whole step; another Ctrl-C ends it at once.
+
+    A step that has not come to its update is given up: in one process at once, in several where all of them agree. In
+    evaluation, and where half the parameters would be updated, a signal is only noted, and acted on after it. Launchers
+    pass on the signals that they and their group receive, so a process may hear one twice: SIGTERM counts once, and a
+    second Ctrl-C only if it is not the echo of the first.
     """
+
+    ECHO = 2.0
+    """Seconds."""
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._at = 0.0
+        self._trainer: Any = None
         self._before: dict[int, Any] = {}
 
-    def install(self) -> None:
-        """Listen from now on."""
+    def install(self, trainer: Any) -> None:
+        """Listen from now on, for a trainer that is `Resumable`."""
+        self._trainer = trainer
+        trainer.interrupt = self
         for number in (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
         if self.received is not None:
-            raise KeyboardInterrupt
-        self.received = number
-        print("stopping after this step, with a checkpoint; once more to stop at once", file=sys.stderr)
+            if number == signal.SIGINT and now - self._at > self.ECHO:
+                raise KeyboardInterrupt
+            return
+        self.received, self._at = number, now
+        print("stopping, with a checkpoint; Ctrl-C once more to stop at once", file=sys.stderr)
+        if self._trainer.rewindable:
+            raise Abandoned
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if args.world_size > 1:  # all processes stop after the same step, whichever were told to

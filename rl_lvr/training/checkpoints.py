@@ -93,7 +93,7 @@ def defect(folder: Path) -> str | None:
 
 def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
     """The checkpoint written last of those that verify, and a clause about each one passed over on the way."""
-    passed = []
+    passed: list[str] = []
     for folder in _newest_first(run):
         wrong = defect(folder)
         if wrong is None:

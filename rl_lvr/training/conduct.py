@@ -51,7 +51,7 @@ def conduct(
             trainer.model, encoder.processor, encoder.markers.format, batch_size=config.latent_eval_batch
         )
         trainer.add_callback(LatentAccuracy(questions, engine, trainer))
-    interrupt.install()
+    interrupt.install(trainer)
     if trainer.is_world_process_zero():
         if config.overwrite and run.start.checkpoint is None:
             clear_run(config.output_dir, run.start.path, config.train_file, config.eval_file)

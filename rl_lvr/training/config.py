@@ -9,6 +9,7 @@ from trl import SFTConfig
 
 from rl_lvr.errors import UserError
 from rl_lvr.training import settings
+from rl_lvr.training.faults import LossSettings
 from rl_lvr.training.objectives import parse_objective
 from rl_lvr.training.settings import Defaults, RunSettings, check_run, require_at_least, require_choice, settle_device
 
@@ -28,7 +29,7 @@ WITHOUT_EFFECT = settings.WITHOUT_EFFECT | {
 
 
 @dataclass
-class LatentSFTConfig(RunSettings, Defaults, SFTConfig):
+class LatentSFTConfig(RunSettings, LossSettings, Defaults, SFTConfig):
     """Settings of `rl-lvr sft`. Everything of TRL's `SFTConfig` works as well."""
 
     processed_cache: bool = field(
@@ -60,6 +61,7 @@ class LatentSFTConfig(RunSettings, Defaults, SFTConfig):
 
     def __post_init__(self) -> None:
         check_run(self)
+        self.check_faults()
         require_choice(self, "latent_weight_schedule", SCHEDULES)
         for name in ("own_latents", "own_latents_start", "own_latents_end"):
             if not 0 <= getattr(self, name) <= 1:

@@ -9,13 +9,14 @@ from trl import GRPOConfig
 
 from rl_lvr.errors import UserError
 from rl_lvr.latents.density import Law
+from rl_lvr.training.faults import RolloutSettings
 from rl_lvr.training.settings import Defaults, settle_device
 
 POLICIES = ("context", "unrolled", "gaussian", "spherical")
 
 
 @dataclass
-class LatentGRPOConfig(Defaults, GRPOConfig):
+class LatentGRPOConfig(RolloutSettings, Defaults, GRPOConfig):
     """Everything of TRL's `GRPOConfig` works as well, but for what the trainer refuses with the reason."""
 
     rewards: list[str] = field(
@@ -70,6 +71,7 @@ class LatentGRPOConfig(Defaults, GRPOConfig):
         if self.rollout_batch < 1:
             raise UserError(f"rollout_batch is {self.rollout_batch}; it must be at least 1.")
         self._check_policy()
+        self.check_faults()
         settle_device(self)
         super().__post_init__()
 

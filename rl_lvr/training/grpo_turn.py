@@ -11,7 +11,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from rl_lvr.errors import UserError
+from rl_lvr.errors import Fault
 from rl_lvr.latents.batch import LatentBatch
 from rl_lvr.latents.density import Law, explore
 from rl_lvr.latents.noise import keyed_normal
@@ -27,6 +27,8 @@ class Turn:
 
     requests: list[Request] = field(default_factory=list)
     rollouts: list[Rollout] = field(default_factory=list)
+    excluded: list[bool] = field(default_factory=list)
+    """Which rollouts are left out of the loss and of their group."""
     latents: LatentBatch | None = None
     """Positions in the padded ids; set by the first scoring pass, like the two below."""
     old_means: Tensor | None = None
@@ -122,7 +124,7 @@ def require_agreement(largest: float, mean: float, what: str, tolerance: float, 
     """Stop the run if a replay is too far off: by the largest difference where precision is full, else by the mean."""
     found = largest if exact else mean
     if not found <= tolerance:
-        raise UserError(
+        raise Fault(
             f"the rollouts do not agree with their replay: the {'largest' if exact else 'mean'} difference of {what} "
             f"is {found:.3g}, above replay_tolerance {tolerance:g}. The engine's weights are not the trainer's, or "
             "latents were mixed up on the way; raise replay_tolerance only if rounding explains it."

@@ -11,6 +11,7 @@ from typing import Any
 
 from rl_lvr import __version__
 from rl_lvr.errors import UserError
+from rl_lvr.training.checkpoints import from_main, newest_whole, require_whole, tidy
 
 RUN_FILE = "run.json"
 PACKAGES = (
@@ -28,38 +29,48 @@ PACKAGES = (
 
 
 def open_run(output_dir: str, resume: str | None, overwrite: bool) -> str | None:
-    """Make sure that `output_dir` may be written to; returns the checkpoint to resume from, if any."""
-    folder = Path(output_dir)
+    """Make sure that `output_dir` may be written to; returns the checkpoint to resume from, if any.
+
+    `resume` is a checkpoint's folder; `latest`, the newest that verifies; or `auto`, the same, but a run that was
+    killed before its first checkpoint, or never started, begins. The main process decides for all.
+    """
+    return from_main(lambda: _open_run(Path(output_dir), resume, overwrite))
+
+
+def _open_run(folder: Path, resume: str | None, overwrite: bool) -> str | None:
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"output_dir {output_dir} is a file.")
+        raise UserError(f"output_dir {folder} is a file.")
     earlier = (folder / RUN_FILE).is_file()
-    last = last_checkpoint(folder)
+    if earlier:
+        tidy(folder)
     checkpoint = None
     if resume:
-        checkpoint = last if resume.lower() in ("latest", "true") else Path(resume)
-        if checkpoint is None or not _whole(checkpoint):
-            where = f"in {output_dir}" if checkpoint is None else str(checkpoint)
-            raise UserError(f"nothing to resume: there is no whole checkpoint {where}.")
-        if checkpoint.resolve().parent == folder.resolve():
-            return str(checkpoint)
+        automatic = resume.lower() == "auto"
+        checkpoint = _latest(folder, automatic) if automatic or resume.lower() in ("latest", "true") else Path(resume)
+        if checkpoint is not None:
+            require_whole(checkpoint)
+            if checkpoint.resolve().parent == folder.resolve():
+                return str(checkpoint)
+        elif earlier and not overwrite:
+            print(f"{folder} has no checkpoint yet: the run begins anew", file=sys.stderr)
+            return None
     if earlier and not overwrite:
-        cure = "resume it with --resume_from_checkpoint latest, " if last else ""
+        cure = "resume it with --resume_from_checkpoint latest, " if list(folder.glob("checkpoint-*")) else ""
         raise UserError(
-            f"{output_dir} holds an earlier run: {cure}choose another output_dir, or delete it with --overwrite true."
+            f"{folder} holds an earlier run: {cure}choose another output_dir, or delete it with --overwrite true."
         )
     if not earlier and folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"output_dir {output_dir} is not empty and holds no run of rl-lvr: choose another folder.")
+        raise UserError(f"output_dir {folder} is not empty and holds no run of rl-lvr: choose another folder.")
     return None if checkpoint is None else str(checkpoint)
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; one cut off in the middle is passed over."""
-    found = {int(p.name[11:]): p for p in folder.glob("checkpoint-*") if p.name[11:].isdigit() and _whole(p)}
-    return found[max(found)] if found else None
-
-
-def _whole(checkpoint: Path) -> bool:
-    return (checkpoint / "trainer_state.json").is_file()  # the last file that transformers writes
+def _latest(folder: Path, may_begin: bool) -> Path | None:
+    found, passed = newest_whole(folder)
+    for clause in passed:
+        print(f"passed over {clause}", file=sys.stderr)
+    if found is None and (passed or not may_begin):
+        raise UserError(f"nothing to resume: there is no whole checkpoint in {folder}.")
+    return found
 
 
 def clear_run(output_dir: str, *inputs: str | None) -> None:

@@ -8,33 +8,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
 from rl_lvr.data.encoding import Collator, Encoded, TargetBatch
 from rl_lvr.data.targets import target_vectors
-from rl_lvr.errors import UserError
 from rl_lvr.latents.batch import LatentBatch
 from rl_lvr.latents.feedback import NAME as FEEDBACK
-from rl_lvr.latents.feedback import feedback, restore_feedback
+from rl_lvr.latents.feedback import feedback
 from rl_lvr.latents.format import FormatIds
 from rl_lvr.latents.inject import inject
 from rl_lvr.latents.spans import span_masks
-from rl_lvr.models import Family, load_weights
+from rl_lvr.models import Family
 from rl_lvr.rollout.forward import evaluating
 from rl_lvr.training.config import LatentSFTConfig
 from rl_lvr.training.objectives import LatentPairs, latent_objective
+from rl_lvr.training.resuming import Moment, Resumable
 from rl_lvr.training.settings import freeze_vision
 
 
-class LatentSFTTrainer(SFTTrainer):
+class LatentSFTTrainer(Resumable, SFTTrainer):
     """Cross-entropy on the text, plus a latent objective on the state before each latent.
 
     In the forward pass every span is filled with its targets (teacher forcing). A growing share of each span, from
@@ -88,7 +86,7 @@ class LatentSFTTrainer(SFTTrainer):
         # Explicit positions: transformers would otherwise guess 1-D ones for M-RoPE models, without a word.
         inputs["position_ids"] = self.family.positions(self.model, ids, mask, images).prefill
         if self.markers is None:
-            return super().compute_loss(model, inputs, False, num_items_in_batch)
+            return self._checked_loss(super().compute_loss(model, inputs, False, num_items_in_batch))
 
         latents, vectors, tokens = self._latents(inputs, self.markers, images, targets)
         with self._predictions(targets) as made, inject(model, latents, self.markers):
@@ -109,7 +107,7 @@ class LatentSFTTrainer(SFTTrainer):
         metrics["latent/weight"].append(weight)
         # With `num_items_in_batch` the trainer leaves gradient accumulation to the loss: this mean must share it out.
         steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-        return loss + weight * extra / steps
+        return self._checked_loss(loss + weight * extra / steps)
 
     @property
     def _progress(self) -> float:
@@ -218,53 +216,14 @@ class LatentSFTTrainer(SFTTrainer):
 
     # ---- checkpoints
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Restore all weights, or refuse.
+    def _now(self) -> Moment:
+        moment = super()._now()
+        moment.counters["train_tokens"] = self._total_train_tokens
+        return moment
 
-        transformers 5.17 compares the file's names with the module's, and does not translate: `visual.*` on disk is
-        `model.visual.*` in the module. It then restores nothing of a Qwen2.5-VL, and only warns.
-        """
-        target = self.model if model is None else model
-        if isinstance(target, PeftModel):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        stored = load_weights(resume_from_checkpoint, dtype=next(target.parameters()).dtype)
-        weights = stored.state_dict()
-        theirs = {name: weight.shape for name, weight in weights.items()}
-        mine = {n: w.shape for n, w in target.state_dict().items() if not n.startswith(f"{FEEDBACK}.")}
-        if theirs != mine:
-            wrong = sorted(name for name in {**theirs, **mine} if theirs.get(name) != mine.get(name))[0]
-            raise UserError(f"checkpoint {resume_from_checkpoint} does not belong to this model: {wrong} differs.")
-        target.load_state_dict(weights, strict=False)
-        restore_feedback(target, resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        """By the same translation of names; transformers' own would mix the best model with the last one."""
-        if isinstance(self.model, PeftModel) or self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            super()._load_best_model()
-        else:
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-    def save_merged(self) -> str:
-        """Beside an adapter, the model with the adapter in it: what engines and evaluation load. Returns its folder.
-
-        Nothing may be trained afterwards. DeepSpeed and FSDP hold parts of the weights elsewhere: there it is left out.
-        """
-        if not isinstance(self.model, PeftModel) or self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            return self.args.output_dir
-        folder = Path(self.args.output_dir) / "merged"
-        if self.is_world_process_zero():
-            self.model.merge_and_unload().save_pretrained(folder)
-            self.processing_class.save_pretrained(folder)
-            if self.markers is not None:
-                self.markers.format.save(folder)
-        return str(folder)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """The format goes beside every checkpoint, so that no other one is used with it by mistake."""
-        super()._save(output_dir, state_dict)
-        if self.markers is not None:
-            self.markers.format.save(Path(output_dir or self.args.output_dir))
+    def _take(self, moment: Moment) -> None:
+        super()._take(moment)
+        self._total_train_tokens = moment.counters["train_tokens"]
 
 
 def _last_of_spans(rows: Tensor, spans: Tensor, share: float) -> Tensor:

@@ -78,7 +78,6 @@ def check_start(
     if config.stop_at:
         StopAt(config.stop_at)  # refuses a rule that it cannot read
     checkpoint = open_run(config.output_dir, config.resume_from_checkpoint, config.overwrite)
-    config.distributed_state.wait_for_everyone()  # nobody writes the folder while another still looks at it
     chosen = config.format_of(LatentFormat.load(path), path)
     stored = None if checkpoint is None else LatentFormat.load(checkpoint)
     if checkpoint is not None and stored != chosen:

@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from rl_lvr.errors import UserError
+from rl_lvr.errors import Fault, UserError
 from rl_lvr.training.rewarding.options import FROM_TRAINER, options_of, signal_names
 
 OnError = Literal["stop", "exclude"]
@@ -28,7 +28,7 @@ Scores = list[float | None]
 _log = logging.getLogger(__name__)
 
 
-class RewardError(UserError):
+class RewardError(Fault):
     """A reward failed; `sample` is the index in the batch, None where no single sample can be blamed."""
 
     def __init__(self, reward: str, problem: str, sample: int | None = None) -> None:

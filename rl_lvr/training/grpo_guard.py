@@ -1,0 +1,85 @@
+"""Faults of GRPO, met where they arise: a trainer that asks its engine, its rollouts and its rewards with care.
+
+What is done about each is in `faults.py` and in docs/grpo.md; what is kept when a run stops, in `resuming.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from rl_lvr.errors import UserError
+from rl_lvr.latents.format import FormatIds
+from rl_lvr.rollout.hf import HFRolloutEngine
+from rl_lvr.rollout.types import Request, Rollout, RolloutEngine, Sampling
+from rl_lvr.training.faults import RULES, agree, agreed, sort_rollouts, watched
+from rl_lvr.training.grpo_resuming import ResumableGRPO
+
+
+class GuardedGRPO(ResumableGRPO):
+    """The parts of `LatentGRPOTrainer` that deal with faults."""
+
+    markers: FormatIds | None
+    engine: RolloutEngine
+
+    def __init__(self, *, reward_funcs: Sequence[Callable[..., Any]], **more: Any) -> None:
+        self._in_step = False
+        self._reward_errors: list[Exception] = []
+        super().__init__(reward_funcs=[watched(reward, self._reward_errors) for reward in reward_funcs], **more)
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def _guard_engine(self, engine: RolloutEngine) -> None:
+        own = isinstance(engine, HFRolloutEngine)
+        if own and self.args.engine_retries:
+            raise UserError("engine_retries is for engines in other processes: the engine hf would fail again.")
+        # All processes generate in step then: one that failed must end, not wait for the others.
+        self._in_step = own and self.args.world_size > 1 and is_deepspeed_zero3_enabled()
+        self.engine = engine
+
+    def _ask(self, problem: str, call: Callable[[], Any]) -> Any:
+        """The engine's answer, or a `Fault` in every process."""
+        if self._in_step:
+            return call()
+        what = f"the engine {type(self.engine).__name__} {problem} after step {self.state.global_step}"
+        return agreed(self.accelerator, what, call, retries=self.args.engine_retries)
+
+    def _completed(self, requests: list[Request], sampling: Sampling) -> list[Rollout]:
+        rollouts = self.engine.generate(requests, sampling)
+        if len(rollouts) != len(requests):
+            raise UserError(f"it made {len(rollouts)} rollouts of {len(requests)} requests")
+        return rollouts
+
+    def _excluded(self, rollouts: list[Rollout]) -> list[bool]:
+        """Which rollouts are left out, by `on_rollout`; each kind is counted."""
+        assert self.markers is not None
+        rules: dict[str, str] = self.args.on_rollout
+        found, problem = sort_rollouts(rollouts, self.markers, rules)
+        agree(self.accelerator, problem)
+        mine = torch.tensor([[*map(found.count, RULES), len(rollouts)]], device=self.accelerator.device)
+        *counts, total = self.accelerator.gather(mine).sum(0).tolist()
+        for kind, count in zip(RULES, counts, strict=True):
+            name = f"rollouts/excluded_{kind}" if rules[kind] == "exclude" else f"rollouts/{kind}"
+            self._metrics[self._mode][name].append(count / total)
+        return found.excluded
+
+    def _note_learning(self, advantages: Tensor, mode: str) -> None:
+        if mode == "train":
+            self._idle.note(bool(self._most(int(advantages.any()))[0]))
+            self._metrics[mode]["rollouts/idle_batches"].append(float(self._idle.count))
+
+    def _without_errors(self, rewards: Tensor) -> Tensor:
+        """`rewards`, if no process heard an error from a reward; the calls are over in all of them here."""
+        error = self._reward_errors[0] if self._reward_errors else None
+        self._reward_errors.clear()
+        if error is not None and self.args.world_size == 1:
+            raise error
+        agree(self.accelerator, None if error is None else str(error).rstrip("."), error)
+        self._heed()
+        return rewards
