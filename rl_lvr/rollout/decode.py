@@ -199,7 +199,7 @@ class BatchDecoder:
         if self._thinks and markers.format.length == "free":
             assert markers.end is not None
             pair = draws.warp(draws.end_or_not(raw, markers.end), self._sampling)
-            going_on, pair_logprobs = draws.draw(pair, rows.seeds, positions, greedy=greedy)
+            going_on, pair_logprobs = draws.decide(pair, rows.seeds, positions, greedy=greedy)
             inside = self._state.inside
             token = torch.where(inside, torch.where(going_on == 0, markers.end, markers.slot), token)
             logprobs = torch.where(inside, pair_logprobs, logprobs)

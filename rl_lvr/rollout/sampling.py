@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rl_lvr.latents.noise import keyed_uniform
+from rl_lvr.rollout.gumbel import noised_argmax
 from rl_lvr.rollout.types import Sampling
 
 _BANNED = float("-inf")
@@ -71,19 +72,27 @@ def warp(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def draw(logits: Tensor, seeds: Tensor, positions: Tensor, *, greedy: bool) -> tuple[Tensor, Tensor]:
-    """One index per row and its log-prob under softmax(logits).
+    """One token per row and its log-prob under softmax(logits). `positions` [B] are those that the tokens will take.
 
-    The number behind a draw is keyed by (request seed, absolute position) and turned into an index through the
-    inverse CDF, so neither the other rows nor the order of calls can change it.
+    Gumbel-max (Maddison et al., 1411.0030) with vLLM's noise, keyed by (request seed, position, token): neither the
+    other rows nor the order of calls can change a draw, and vLLM draws the same tokens from the same logits.
     """
     logprobs = logits.log_softmax(-1)
+    index = logits.argmax(-1) if greedy else noised_argmax(logits, seeds, positions - 1)
+    return index, logprobs.gather(-1, index[:, None])[:, 0]
+
+
+def decide(pairs: Tensor, seeds: Tensor, positions: Tensor, *, greedy: bool) -> tuple[Tensor, Tensor]:
+    """0 or 1 per row of two logits [B, 2], and its log-prob: `end_or_not`'s decision, which every engine takes here.
+
+    Inverse CDF of a number keyed by (request seed, position), in float64.
+    """
+    logprobs = pairs.log_softmax(-1)
     if greedy:
         index = logprobs.argmax(-1)
     else:
-        cdf = logprobs.double().exp().cumsum(-1)
-        # Strictly below 1, so that the target is strictly below the total and never lands behind the last likely token.
-        uniform = keyed_uniform(seeds, positions).clamp(max=1 - 2.0**-53)
-        index = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0]
+        probs = logprobs.double().exp()
+        index = (keyed_uniform(seeds, positions) * probs.sum(-1) >= probs[:, 0]).long()
     return index, logprobs.gather(-1, index[:, None])[:, 0]
 
 

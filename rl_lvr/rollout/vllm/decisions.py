@@ -24,6 +24,6 @@ def warp_pairs(pairs: Tensor, temperature: Tensor, min_p: Tensor, top_k: Tensor,
 
 def draw_pairs(pairs: Tensor, greedy: Tensor, seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """0 (END) or 1 per row and its log-prob, by the numbers that the reference engine uses. [N] each."""
-    index, logprobs = draws.draw(pairs, seeds, positions, greedy=False)
-    best, best_logprobs = draws.draw(pairs, seeds, positions, greedy=True)
+    index, logprobs = draws.decide(pairs, seeds, positions, greedy=False)
+    best, best_logprobs = draws.decide(pairs, seeds, positions, greedy=True)
     return torch.where(greedy, best, index), torch.where(greedy, best_logprobs, logprobs)
