@@ -1,0 +1,138 @@
+"""What LatentGRPOTrainer checks and counts: settings, engine against model, rollouts against their replay."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from rl_lvr.errors import UserError
+from rl_lvr.latents.batch import LatentBatch
+from rl_lvr.latents.density import check_sigma
+from rl_lvr.latents.format import LatentFormat
+from rl_lvr.rollout.replay import check_parity
+from rl_lvr.rollout.types import Sampling
+from rl_lvr.training.grpo_config import LatentGRPOConfig
+from rl_lvr.training.grpo_guard import GuardedGRPO
+from rl_lvr.training.grpo_pass import own_latents
+from rl_lvr.training.grpo_turn import Turn, replay_difference, require_agreement
+
+PARITY_ROWS = 4
+_log = logging.getLogger(__name__)
+
+
+class CheckedGRPO(GuardedGRPO):
+    """The parts of `LatentGRPOTrainer` that check and count."""
+
+    args: LatentGRPOConfig
+    sampling: Sampling
+    _parity_known: bool
+
+    def _check_parity(self, turn: Turn, sampling: Sampling) -> None:
+        """Before the first step: the engine against the model, and a control with SLOT's embeddings for latents.
+
+        In half precision single numbers say little, and `_check_replay` judges by the mean.
+        """
+        with_latents = [row for row, rollout in enumerate(turn.rollouts) if rollout.latent_positions][:PARITY_ROWS]
+        ready = self.accelerator.gather(torch.tensor([bool(with_latents)], device=self.accelerator.device))
+        if self._parity_known or not bool(ready.all()):
+            return
+        self._parity_known = True
+        requests = [turn.requests[row] for row in with_latents]
+        report = check_parity(self.engine, self.model, requests, replace(sampling, sigma=0.0))
+        tolerance, exact = self._tolerance
+        size = max(1.0, *(float(turn.rollouts[row].latents.abs().max()) for row in with_latents))
+        if exact and max(report.max_dh / size, report.max_dlogp) > tolerance:
+            raise UserError(
+                f"the engine does not agree with the model: latents differ by {report.max_dh:.3g}, log-probs by "
+                f"{report.max_dlogp:.3g}, more than replay_tolerance {tolerance:g}. Were the weights synced?"
+            )
+        if max(report.control_dh, report.control_dlogp) <= tolerance:
+            _log.warning(
+                "the model answers the same with SLOT's own embedding in place of every latent (difference %.3g): "
+                "parity of engine and trainer says nothing about latents then.",
+                max(report.control_dh, report.control_dlogp),
+            )
+
+    @property
+    def _tolerance(self) -> tuple[float, bool]:
+        """What a replay may be off by, and whether that holds for the largest difference or only for the mean."""
+        exact = self.model.dtype in (torch.float32, torch.float64) and not (self.args.bf16 or self.args.fp16)
+        given: float | None = self.args.replay_tolerance
+        return (1e-3 if exact else 0.1) if given is None else given, exact
+
+    @torch.no_grad()
+    def _check_replay(self, turn: Turn, logprobs: Tensor, attention_mask: Tensor) -> None:
+        assert turn.latents is not None
+        assert turn.old_means is not None
+        found = replay_difference(
+            turn.rollouts,
+            turn.latents,
+            turn.old_means,
+            logprobs,
+            attention_mask,
+            self.args.law or "gaussian",
+            tokens=_undistorted(self.sampling),
+        )
+        for name, what, part in (
+            ("replay_logp_diff", "log-probs", found.logp),
+            ("replay_latent_diff", "latents, relative to their norm", found.latent),
+        ):
+            everywhere = self.accelerator.gather(part[None])
+            largest = float(everywhere[:, 0].max())
+            total, count = everywhere[:, 1:].sum(0).tolist()
+            mean = total / max(count, 1)
+            self._metrics[self._mode][f"latent/{name}"].append(largest)
+            self._metrics[self._mode][f"latent/{name}_mean"].append(mean)
+            require_agreement(largest, mean, what, *self._tolerance)
+
+    def _log_latents(self, latents: LatentBatch, start: int, mode: str) -> None:
+        own = own_latents(latents, start)
+        counts = own.sum(1)
+        norms = latents.values[own].float().norm(dim=-1)
+        self._add_mean(mode, "latent/rate", float((counts > 0).sum()), len(counts))
+        self._add_mean(mode, "latent/count", float(counts.sum()), len(counts))
+        self._add_mean(mode, "latent/norm", float(norms.sum()), len(norms))
+
+    def _add_mean(self, mode: str, name: str, total: float, count: int) -> None:
+        """A mean over all processes; nothing where nothing was counted."""
+        mine = torch.tensor([[total, count]], dtype=torch.float32, device=self.accelerator.device)
+        total, count = self.accelerator.gather(mine).sum(0).tolist()
+        if count:
+            self._metrics[mode][name].append(total / count)
+
+    def _add_max(self, mode: str, name: str, value: float) -> None:
+        mine = torch.tensor([value], device=self.accelerator.device)
+        self._metrics[mode][name].append(float(self.accelerator.gather(mine).max()))
+
+
+def _undistorted(sampling: Sampling) -> bool:
+    """Whether tokens are drawn from the whole softmax: what a trainer's log-probs are of."""
+    filters = (sampling.top_p, sampling.top_k, sampling.min_p, sampling.repetition_penalty)
+    return filters == (1.0, 0, 0.0, 1.0)
+
+
+def check_settings(args: LatentGRPOConfig, latent_format: LatentFormat, hidden_size: int) -> None:
+    """Settings that TRL's own generation would read."""
+    if args.use_vllm or args.use_transformers_continuous_batching:
+        name = "use_vllm" if args.use_vllm else "use_transformers_continuous_batching"
+        raise UserError(f"{name} generates without latents: leave it out and give the trainer an engine.")
+    if args.generation_kwargs:
+        raise UserError("generation_kwargs is read by transformers' generate alone: leave it out.")
+    if not args.temperature > 0:
+        raise UserError(f"temperature is {args.temperature}; it must be above 0, or nothing is explored.")
+    sequences = args.vllm_importance_sampling_mode.startswith("sequence")
+    if args.loss_type == "vespo" and args.vllm_importance_sampling_correction and sequences:
+        raise UserError(
+            "loss_type vespo needs vllm_importance_sampling_mode token_truncate or token_mask, not "
+            f"{args.vllm_importance_sampling_mode}."
+        )
+    if args.latent_policy != "context" and latent_format.feedback == "none":
+        raise UserError(
+            f"latent format {latent_format.name!r} generates no latents, so latent_policy {args.latent_policy} has "
+            "nothing to price: use context."
+        )
+    if args.law is not None:
+        check_sigma(args.law, args.latent_sigma, hidden_size)
