@@ -99,6 +99,7 @@ def evaluate(
             rows = slice(start, start + batch_size)
             batch = replay_batch(model, rollouts[rows], [e.images for e in encoded[rows]])
             for name, column in measure(model, batch, markers, specs).columns.items():
-                columns[name] += [v for v, count in zip(column.values, column.counts, strict=True) if count]
+                pairs = zip(column.values, column.counts, strict=True)
+                columns[name] += [v for v, count in pairs if count and isinstance(v, float)]
     means = {name: sum(values) / len(values) if values else None for name, values in columns.items()}
     return Evaluation([r.id for r in records], answers, found.scored, found.undefined, means)
