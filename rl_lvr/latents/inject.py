@@ -38,6 +38,11 @@ def input_embeddings(model: nn.Module) -> nn.Module:
     return embedding
 
 
+def sharded(model: nn.Module) -> bool:
+    """Whether ZeRO-3 has spread the weights over the processes: then a forward pass needs all of them."""
+    return hasattr(input_embeddings(model).weight, "ds_id")
+
+
 @contextmanager
 def whole(weight: Tensor) -> Iterator[None]:
     """Gathers a weight that ZeRO-3 has spread over the ranks: what is left of it here is empty."""

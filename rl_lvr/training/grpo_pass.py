@@ -14,7 +14,7 @@ from rl_lvr.latents.batch import LatentBatch
 from rl_lvr.latents.feedback import NAME as FEEDBACK
 from rl_lvr.latents.feedback import feedback
 from rl_lvr.latents.format import FormatIds
-from rl_lvr.latents.inject import inject, unwrapped
+from rl_lvr.latents.inject import inject, sharded, unwrapped
 from rl_lvr.models import family_of
 from rl_lvr.rollout.forward import ReplayBatch
 from rl_lvr.rollout.sampling import end_or_not
@@ -59,6 +59,7 @@ class FedModel:
         self._family = family_of(model)
         self._next = 0
         self._means: list[Tensor] = []
+        self._tie: Tensor | None = None
         self.unroll_difference = 0.0
         """The largest |recomputed - recorded| element of a latent, where `unroll`."""
         self.columns: dict[str, Column] = {}
@@ -87,6 +88,9 @@ class FedModel:
             if fed.values.numel():
                 difference = float((fed.values.detach() - latents.values).abs().max())
                 self.unroll_difference = max(self.unroll_difference, difference)
+            if sharded(self._model):
+                # A process whose rows hold no latent has to take part in the backward passes of the others'.
+                self._tie = 0.0 * fed.values.sum()
             latents = fed
         seen: list[Tensor] = []
         output: Any = None
@@ -123,7 +127,7 @@ class FedModel:
         markers, head = self._markers, self._family.head(self._model)
         pairs: list[Tensor] = []
         decided = self._written(labels).nonzero(as_tuple=True)
-        free = markers.format.length == "free" and markers.end is not None and len(decided[0]) > 0
+        free = markers.format.length == "free" and markers.end is not None
         own = own_latents(latents, self._start)
         rows = own.nonzero(as_tuple=True)[0]
         places = latents.positions[own]
@@ -137,7 +141,9 @@ class FedModel:
                 if hasattr(unwrapped(self._model), FEEDBACK):
                     # Ties the map to the forward: DDP sees its parameters used, ZeRO-3 gathers them in order.
                     hidden = output.last_hidden_state = hidden + 0.0 * mean.sum()
-            if free:
+            if self._tie is not None:
+                hidden = output.last_hidden_state = hidden + self._tie
+            if free:  # also where nothing was decided: under ZeRO-3 all processes use the head alike
                 raw = head(hidden[decided[0], decided[1] - 1]).float()
                 pairs.append((end_or_not(raw, int(markers.end or 0)) / self._temperature).log_softmax(-1))
             head.__dict__["bias"] = self._ban(head)

@@ -3,12 +3,15 @@
 A latent at position p is f(h) of position p - 1, so a run of k latents takes k short forwards, and the text between
 two runs one longer one. Runs of all rows start together: each text is padded on the left, so that the state before the
 first latent stands in its last column; padded columns are masked as keys and have positions of their own.
+
+Under ZeRO-3 a forward needs all processes. Each then takes as many as that with the most latents, some of them on
+padding alone.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import Any
 
 import torch
@@ -17,7 +20,7 @@ from torch import Tensor, nn
 from rl_lvr.latents.batch import LatentBatch
 from rl_lvr.latents.feedback import feedback
 from rl_lvr.latents.format import FormatIds
-from rl_lvr.latents.inject import inject, input_embeddings
+from rl_lvr.latents.inject import inject, input_embeddings, sharded
 from rl_lvr.models import family_of
 
 
@@ -50,30 +53,42 @@ def unrolled(
     `start` belong to the prompts and stay as they are.
     """
     runs = [_runs(latents.positions[row].tolist(), start) for row in range(len(latents))]
-    most = max(map(len, runs), default=0)
-    if not most:
+    longest = [max(run.length for run in current if run) for current in zip_longest(*runs)]
+    if sharded(model):
+        longest = _of_all_processes(longest, ids.device)
+    if not longest:
         return latents
     reader = _Reader(model, ids, mask, images)
     begin = mask.long().argmax(1).tolist()
     rows, columns, vectors = [], [], []
-    for number in range(most):
+    for number, steps in enumerate(longest):
         current = [found[number] if number < len(found) else None for found in runs]
         # A row without any run still brings its images, which enter with the prompts.
         stops = [run.place if run else (start if number == 0 else b) for run, b in zip(current, begin, strict=True)]
         state = reader.text(begin, stops, latents if number == 0 else None, markers)
-        steps = max(run.length for run in current if run)
         for step in range(steps):
             active = [row for row, run in enumerate(current) if run and step < run.length]
             made = feedback(model, state).to(reader.dtype)
             rows += active
             columns += [run.column + step for run in current if run and step < run.length]
             vectors.append(made[active])
-            if number + 1 < most or step + 1 < steps:
+            if number + 1 < len(longest) or step + 1 < steps:
                 places = [run.place + step if run and step < run.length else None for run in current]
                 state = reader.vectors(made, places)
         begin = [run.stop if run else b for run, b in zip(current, begin, strict=True)]
-    where = (torch.tensor(rows, device=ids.device), torch.tensor(columns, device=ids.device))
+    where = tuple(torch.tensor(places, dtype=torch.long, device=ids.device) for places in (rows, columns))
     return replace(latents, values=latents.values.to(reader.dtype).index_put(where, torch.cat(vectors)))
+
+
+def _of_all_processes(longest: list[int], device: torch.device) -> list[int]:
+    """The largest of each number among all processes, and as many of them as any has."""
+    count = torch.tensor(len(longest), device=device)
+    torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MAX)
+    most = torch.zeros(int(count), dtype=torch.long, device=device)
+    most[: len(longest)] = torch.tensor(longest, dtype=torch.long)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    found: list[int] = most.tolist()
+    return found
 
 
 def _runs(positions: list[int], start: int) -> list[_Run]:
@@ -98,7 +113,7 @@ class _Reader:
 
     def text(self, begin: list[int], stop: list[int], latents: LatentBatch | None, markers: FormatIds) -> Tensor:
         """Read tokens `begin` to `stop` of every row. State after the last one, [B, H]"""
-        width = max(b - a for a, b in zip(begin, stop, strict=True))
+        width = max(1, *(b - a for a, b in zip(begin, stop, strict=True)))
         last = torch.tensor(stop, device=self._ids.device)[:, None]
         places = last - width + torch.arange(width, device=self._ids.device)
         valid = places >= torch.tensor(begin, device=self._ids.device)[:, None]
