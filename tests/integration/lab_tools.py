@@ -45,6 +45,21 @@ def build_model(folder: Path, family: str = "qwen2_5_vl", **changes: Any) -> Pat
 
 def sft_command(model: Path, data: Path, out: Path, **settings: Any) -> list[str]:
     """The words of `rl-lvr sft` with small settings; None takes a setting out."""
+    return _command("sft", model, data, out, {"per_device_train_batch_size": 4, **settings})
+
+
+def grpo_command(model: Path, data: Path, out: Path, **settings: Any) -> list[str]:
+    """The words of `rl-lvr grpo` with small settings; None takes a setting out."""
+    defaults = {
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_completion_length": 14,
+        "use_cpu": True,
+    }
+    return _command("grpo", model, data, out, {**defaults, **settings})
+
+
+def _command(verb: str, model: Path, data: Path, out: Path, settings: dict[str, Any]) -> list[str]:
     defaults: dict[str, Any] = {
         "model_name_or_path": model,
         "train_file": data / "train.parquet",
@@ -52,14 +67,13 @@ def sft_command(model: Path, data: Path, out: Path, **settings: Any) -> list[str
         "latent_format": "lvr",
         "latent_k": 3,
         "max_steps": 2,
-        "per_device_train_batch_size": 4,
         "learning_rate": 1e-3,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
         "threads": 1,
     }
-    words = ["sft"]
+    words = [verb]
     for key, value in {**defaults, **settings}.items():
         if value is not None:
             words += [f"--{key}", *([str(v) for v in value] if isinstance(value, list) else [str(value)])]
@@ -69,6 +83,22 @@ def sft_command(model: Path, data: Path, out: Path, **settings: Any) -> list[str
 def sft(model: Path, data: Path, out: Path, **settings: Any) -> int:
     """`rl-lvr sft` in this process; returns its exit code."""
     return cli.main(sft_command(model, data, out, **settings))
+
+
+def grpo(model: Path, data: Path, out: Path, **settings: Any) -> int:
+    """`rl-lvr grpo` in this process; returns its exit code."""
+    return cli.main(grpo_command(model, data, out, **settings))
+
+
+def sharded(work: Path, *commands: list[str], ranks: int = 2) -> tuple[list[int], str]:
+    """Run `rl-lvr` commands in turn under DeepSpeed; their exit codes, the same on all ranks, and what they said."""
+    work.mkdir()
+    (work / "commands.json").write_text(json.dumps(commands))
+    worker = Path(__file__).with_name("deepspeed_worker.py")
+    said = torchrun(ranks, str(worker), str(work / "commands.json"), DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
+    codes = [json.loads((work / f"commands.rank{rank}").read_text()) for rank in range(ranks)]
+    assert all(found == codes[0] for found in codes)
+    return codes[0], said
 
 
 def torchrun(processes: int, *words: str, **environment: str) -> str:

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lab_tools import logged, puzzles, sft, sft_command, torchrun, weights
+from lab_tools import logged, puzzles, sft, sft_command, sharded, weights
 
 from rl_lvr.data.writing import write_parquet
 
 pytest.importorskip("deepspeed", reason="needs the extra `deepspeed`")
 
-WORKER = Path(__file__).with_name("sft_zero3_worker.py")
 RANKS = 2
 SETTINGS: dict[str, Any] = {
     "max_steps": 4,
@@ -29,16 +28,6 @@ SETTINGS: dict[str, Any] = {
     "save_strategy": "steps",
     "save_steps": 2,
 }
-
-
-def sharded(work: Path, *commands: list[str]) -> tuple[list[int], str]:
-    """Run `rl-lvr` commands under ZeRO-3; returns their exit codes, the same on all ranks, and what they said."""
-    work.mkdir()
-    (work / "commands.json").write_text(json.dumps(commands))
-    said = torchrun(RANKS, str(WORKER), str(work / "commands.json"), DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
-    codes = [json.loads((work / f"commands.rank{rank}").read_text()) for rank in range(RANKS)]
-    assert codes[0] == codes[1]
-    return codes[0], said
 
 
 def zero3(path: Path, gather: bool = True) -> Path:
