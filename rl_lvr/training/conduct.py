@@ -71,7 +71,7 @@ def _finish(trainer: Any, interrupt: Interrupt) -> int:
     speaks = trainer.is_world_process_zero()
     if interrupt.received is not None and step < last:
         if speaks:
-            again = "go on with the same command and --resume_from_checkpoint latest"
+            again = f"go on with the same command and --resume_from_checkpoint {'latest' if step else 'auto'}"
             print(f"stopped at step {step} of {last}; {again}", file=sys.stderr)
         return 128 + interrupt.received
     trainer.save_model()

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from rl_lvr.errors import UserError
 from rl_lvr.latents.format import FormatIds
 from rl_lvr.rollout.hf import HFRolloutEngine
 from rl_lvr.rollout.types import Request, Rollout, RolloutEngine, Sampling
+from rl_lvr.training.callbacks import Abandoned
 from rl_lvr.training.faults import RULES, agree, agreed, sort_rollouts, watched
 from rl_lvr.training.grpo_resuming import ResumableGRPO
 
@@ -27,7 +27,6 @@ class GuardedGRPO(ResumableGRPO):
     engine: RolloutEngine
 
     def __init__(self, *, reward_funcs: Sequence[Callable[..., Any]], **more: Any) -> None:
-        self._in_step = False
         self._reward_errors: list[Exception] = []
         super().__init__(reward_funcs=[watched(reward, self._reward_errors) for reward in reward_funcs], **more)
 
@@ -36,19 +35,32 @@ class GuardedGRPO(ResumableGRPO):
         return "train" if self.model.training else "eval"
 
     def _guard_engine(self, engine: RolloutEngine) -> None:
-        own = isinstance(engine, HFRolloutEngine)
-        if own and self.args.engine_retries:
+        if isinstance(engine, HFRolloutEngine) and self.args.engine_retries:
             raise UserError("engine_retries is for engines in other processes: the engine hf would fail again.")
-        # All processes generate in step then: one that failed must end, not wait for the others.
-        self._in_step = own and self.args.world_size > 1 and is_deepspeed_zero3_enabled()
         self.engine = engine
 
     def _ask(self, problem: str, call: Callable[[], Any]) -> Any:
         """The engine's answer, or a `Fault` in every process."""
-        if self._in_step:
-            return call()
         what = f"the engine {type(self.engine).__name__} {problem} after step {self.state.global_step}"
         return agreed(self.accelerator, what, call, retries=self.args.engine_retries)
+
+    def _rollouts(self, requests: list[Request], sampling: Sampling) -> list[Rollout]:
+        """Made by each process for itself. One that is told to stop does so at once, and the others after theirs."""
+
+        def made() -> list[Rollout]:
+            self._alone = True
+            try:
+                return self._completed(requests, sampling)
+            except Abandoned:
+                if self.args.world_size == 1:
+                    raise
+                return []
+            finally:
+                self._alone = False
+
+        rollouts: list[Rollout] = self._ask("failed", made)
+        self._heed()
+        return rollouts
 
     def _completed(self, requests: list[Request], sampling: Sampling) -> list[Rollout]:
         rollouts = self.engine.generate(requests, sampling)
@@ -57,9 +69,9 @@ class GuardedGRPO(ResumableGRPO):
         return rollouts
 
     def _excluded(self, rollouts: list[Rollout]) -> list[bool]:
-        """Which rollouts are left out, by `on_rollout`; each kind is counted."""
+        """Which rollouts are left out, by `on_rollout`; each kind is counted. In evaluation all count."""
         assert self.markers is not None
-        rules: dict[str, str] = self.args.on_rollout
+        rules: dict[str, str] = self.args.on_rollout if self._mode == "train" else dict.fromkeys(RULES, "keep")
         found, problem = sort_rollouts(rollouts, self.markers, rules)
         agree(self.accelerator, problem)
         mine = torch.tensor([[*map(found.count, RULES), len(rollouts)]], device=self.accelerator.device)

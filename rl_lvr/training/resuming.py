@@ -65,6 +65,8 @@ class Resumable(Trainer):
     _saved_step: int | None = None
     _partial: Path | None = None
     _drop_update = False
+    _alone = False
+    """No other process waits for this one just now."""
 
     # ---- a run
 
@@ -115,9 +117,9 @@ class Resumable(Trainer):
 
     @property
     def rewindable(self) -> bool:
-        """Whether the step in progress may still be given up at once, by this process alone."""
-        alone = self.args.world_size == 1 and not self.is_deepspeed_enabled
-        return self._moment is not None and alone
+        """Whether the step in progress may be given up at once, by this process alone."""
+        single = self.args.world_size == 1 and not self.is_deepspeed_enabled
+        return self._moment is not None and (single or self._alone)
 
     def _now(self) -> Moment:
         counters = {
@@ -214,7 +216,7 @@ class Resumable(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Called once per step, right before the optimizer's; a scaler of fp16 deals with such gradients itself."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        finite = bool(torch.as_tensor(float("nan") if norm is None else norm).isfinite())
+        finite = norm is None or bool(torch.as_tensor(norm).isfinite())
         if self.accelerator.scaler is None and not finite and not self._drop_update:
             self._no_number("gradient norm")
         if self._drop_update:

@@ -18,6 +18,7 @@ from rl_lvr.training.rewards import RewardSpec, load_rewards
 FORMATS = ("lvr", "monet")
 LVR = get_format("lvr", k=3)
 MONET = get_format("monet", k=3)
+LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
 SIGMAS = {"gaussian": 0.1, "spherical": 0.05}
 REWARDS = """
 def letters(completions, **_):
@@ -29,6 +30,12 @@ def looks(attention_mass, spans, group, stop_reason, log_extra, **_):
     return [mass + len(found) for mass, found in zip(attention_mass, spans)]
 
 looks.signals = ["attention_mass"]
+
+def needed(necessity_completions, **_):
+    return [float(len(text or "")) for text in necessity_completions]
+
+def same(completions, **_):
+    return [1.0] * len(completions)
 """
 Tiny = Callable[..., tuple[Any, Any]]
 
@@ -75,6 +82,7 @@ def settings(folder: Path, **changes: Any) -> dict[str, Any]:
         "save_strategy": "no",
         "disable_tqdm": True,
         "gradient_checkpointing": False,
+        "on_rollout": {"unclosed": "keep", "empty": "keep"},  # what is left out is tested in test_grpo_faults.py
         **changes,
     }
 
@@ -109,6 +117,16 @@ def make_trainer(
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1  # set by train(), and read by a loss on its own
     return trainer
+
+
+def generation(trainer: Any) -> dict[str, Any]:
+    return trainer._generate_and_score_completions([dict(row) for row in rows()])
+
+
+def gradients(trainer: Any, made: dict[str, Any]) -> dict[str, torch.Tensor]:
+    trainer.model.zero_grad()
+    trainer._compute_loss(trainer.model, {**made}).backward()
+    return {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
 
 
 def logged(trainer: Any, name: str) -> list[float]:

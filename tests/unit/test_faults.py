@@ -1,0 +1,147 @@
+"""Faults: kinds of rollouts and what is done with them, calls that all processes agree on, idle batches."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from rl_lvr.errors import Fault, UserError
+from rl_lvr.latents.format import FormatIds, LatentFormat
+from rl_lvr.latents.interventions import Intervention
+from rl_lvr.rollout.types import Rollout, StopReason
+from rl_lvr.training.faults import RULES, Idle, agree, agreed, kinds_of, rules_of, sort_rollouts, watched
+
+START, SLOT, END, TEXT, EOS = 11, 12, 13, 14, 15
+MARKERS = FormatIds(LatentFormat("test", "o", "[", "]", k=2), START, SLOT, END)
+CLOSED = (START, SLOT, SLOT, END, TEXT, EOS)
+
+
+@pytest.fixture(scope="module")
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
+
+
+def rollout(*completion: int, prompt: tuple[int, ...] = (TEXT, TEXT)) -> Rollout:
+    ids = prompt + completion
+    positions = tuple(at for at, token in enumerate(ids) if token == SLOT)
+    return Rollout(
+        prompt_ids=prompt,
+        completion_ids=completion,
+        logprobs=torch.zeros(len(completion)),
+        forced=torch.zeros(len(completion), dtype=torch.bool),
+        latents=torch.zeros(len(positions), 4),
+        latent_positions=positions,
+        stop_reason=StopReason.EOS if completion[-1:] == (EOS,) else StopReason.LENGTH,
+        seed=0,
+        sigma=0.0,
+        intervention=Intervention.OWN,
+    )
+
+
+@pytest.mark.parametrize(
+    ("made", "kinds"),
+    [
+        (rollout(*CLOSED), []),
+        (rollout(TEXT, EOS), ["without_latents"]),
+        (rollout(EOS), ["without_latents", "empty"]),
+        (rollout(), ["without_latents", "empty", "truncated"]),
+        (rollout(TEXT, START, SLOT), ["unclosed", "truncated"]),
+        (rollout(TEXT, START), ["without_latents", "unclosed", "truncated"]),
+        (rollout(*CLOSED[:-1]), ["truncated"]),
+        (rollout(TEXT, EOS, prompt=CLOSED[:-1]), ["without_latents"]),  # latents of the prompt are not its own
+    ],
+)
+def test_kinds(made: Rollout, kinds: list[str]) -> None:
+    assert kinds_of(made, MARKERS) == kinds
+
+
+def test_rules_are_those_of_the_recipe() -> None:
+    batch = [rollout(*CLOSED), rollout(EOS), rollout(TEXT, START, SLOT), rollout(TEXT, EOS)]
+    found, problem = sort_rollouts(batch, MARKERS, rules_of(None))
+    assert found.excluded == [False, True, True, False]
+    assert [found.count(kind) for kind in RULES] == [2, 1, 1, 1]
+    assert problem is None
+    found, problem = sort_rollouts(batch, MARKERS, rules_of('{"empty": "keep", "unclosed": "keep"}'))
+    assert found.excluded == [False] * 4
+    _, problem = sort_rollouts(batch, MARKERS, rules_of({"truncated": "stop"}))
+    assert problem == "completion 2 is truncated, and on_rollout says stop for 1 of 4 completions"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"emty": "keep"}, "on_rollout holds 'emty'; choose from without_latents"),
+        ({"empty": "drop"}, "on_rollout of empty is 'drop'; choose keep, exclude, stop"),
+        ("empty=keep", "write it as JSON"),
+        ("[1]", "it must be a mapping"),
+    ],
+)
+def test_wrong_rules_are_refused(given: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message.replace("[", r"\[")):
+        rules_of(given)
+
+
+def test_a_call_is_asked_again_as_often_as_it_may(accelerator: Accelerator) -> None:
+    calls: list[int] = []
+
+    def flaky() -> str:
+        calls.append(1)
+        if len(calls) < 3:
+            raise ConnectionError("gone")
+        return "here"
+
+    assert agreed(accelerator, "the engine failed", flaky, retries=2, pause=0.0) == "here"
+    assert len(calls) == 3
+    calls.clear()
+    with pytest.raises(Fault, match=r"^the engine failed: ConnectionError: gone\.$") as caught:
+        agreed(accelerator, "the engine failed", flaky, retries=1, pause=0.0)
+    assert isinstance(caught.value.__cause__, ConnectionError)
+    assert caught.value.exit_code == 1
+    assert UserError("x").exit_code == 2
+    with pytest.raises(Fault, match=r"^the engine failed: it said no\.$"):
+        agreed(accelerator, "the engine failed", lambda: (_ for _ in ()).throw(UserError("it said no.")))
+
+
+def test_a_call_that_returns_none_succeeded(accelerator: Accelerator) -> None:
+    assert agreed(accelerator, "the engine failed", lambda: None) is None
+
+
+def test_agreeing_on_nothing_is_silent(accelerator: Accelerator) -> None:
+    agree(accelerator, None)
+    with pytest.raises(Fault, match=r"^a problem\.$"):
+        agree(accelerator, "a problem")
+
+
+def test_errors_of_rewards_wait(caplog: pytest.LogCaptureFixture) -> None:
+    errors: list[Exception] = []
+
+    def plain(completions: list[str]) -> list[float]:
+        return [1 / len(text) for text in completions]
+
+    async def slow(completions: list[str]) -> list[float]:
+        return plain(completions)
+
+    assert watched(plain, errors)(completions=["ab"]) == [0.5]
+    assert asyncio.run(watched(slow, errors)(completions=["ab"])) == [0.5]
+    assert not errors
+    assert watched(plain, errors)(completions=["ab", ""]) == [None, None]
+    assert asyncio.run(watched(slow, errors)(completions=[""])) == [None]
+    assert [type(error) for error in errors] == [ZeroDivisionError] * 2
+    assert watched(plain, errors).__name__ == "plain"
+
+
+def test_idle_batches_are_counted_in_a_row(caplog: pytest.LogCaptureFixture) -> None:
+    idle = Idle(3)
+    for learns in (False, False, True, False, False):
+        idle.note(learns)
+    assert idle.count == 2
+    assert len(caplog.records) == 1
+    with pytest.raises(Fault, match="in 3 generation batches in a row"):
+        idle.note(False)
+    endless = Idle(None)
+    for _ in range(50):
+        endless.note(False)
