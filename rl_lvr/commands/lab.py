@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rl_lvr.lab.demo import DemoConfig
+    from rl_lvr.lab.config import LabConfig
 
 HELP = "build a tiny model from scratch, measure it, and run the demo"
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
@@ -160,13 +160,13 @@ def _grpo(arguments: argparse.Namespace) -> int:
     return _finish(lambda: run_grpo(out, arguments.seeds, config), table, out, "grpo.png")
 
 
-def _start(arguments: argparse.Namespace) -> tuple[Path, DemoConfig]:
+def _start(arguments: argparse.Namespace) -> tuple[Path, LabConfig]:
     from rl_lvr.errors import UserError
-    from rl_lvr.lab.demo import DemoConfig
+    from rl_lvr.lab.config import LabConfig
 
     if arguments.seeds < 1:
         raise UserError(f"--seeds is {arguments.seeds}; it must be at least 1.")
-    config = DemoConfig(
+    config = LabConfig(
         family=arguments.family, train=arguments.train, test=arguments.test, max_steps=arguments.max_steps
     )
     return Path(arguments.out), config

@@ -1,6 +1,7 @@
 """The demo: a model whose latents carry the answer, and one whose latents are idle, from nothing, on two cores.
 
-The stages are run by `runner.py`. A second run goes on where the first one stopped. No torch in this process.
+Then GRPO on one that was trained too short (`grpo.py`). The stages are run by `runner.py`; a second run goes on where
+the first one stopped. No torch in this process.
 """
 
 from __future__ import annotations
@@ -8,41 +9,22 @@ from __future__ import annotations
 import json
 import signal
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rl_lvr.data.puzzles import PuzzleConfig, chance
+from rl_lvr.data.puzzles import chance
+from rl_lvr.lab.config import LabConfig
+from rl_lvr.lab.grpo import GRPOConfig, GRPOLab
 from rl_lvr.lab.picture import draw, number
 from rl_lvr.lab.runner import Runner, Stage, claim, say
 
+GRPO_POLICY = "unrolled"
+"""The latent policy that the demo shows; rl-lvr lab grpo compares all."""
 CONDITIONS = ("oracle", "own", "zeros", "noise", "swap")
 
 
-@dataclass(frozen=True)
-class DemoConfig:
-    """What the demo builds. A folder made with one config is not continued with another."""
-
-    family: str = "qwen2_5_vl"
-    rows: int = 3
-    cols: int = 3
-    hops: int = 5
-    train: int = 24000
-    test: int = 1000
-    max_steps: int | None = None
-    """Steps of every training run, for a quick look; None takes the recipes'."""
-
-    def puzzles(self, name: str) -> PuzzleConfig:
-        """The puzzles of a set by name."""
-        grid = {"rows": self.rows, "cols": self.cols}
-        return {
-            "one_hop": PuzzleConfig(**grid, hops=1, latents="none", seed=1),
-            "diagnostic": PuzzleConfig(**grid, hops=self.hops, latents="path", seed=2),
-            "weak": PuzzleConfig(**grid, hops=1, latents="decorative", k=self.hops, seed=3),
-        }[name]
-
-
-def run_demo(out: Path, seeds: int, config: DemoConfig) -> dict[str, Any]:
+def run_demo(out: Path, seeds: int, config: LabConfig) -> dict[str, Any]:
     """Run or continue the demo in `out`; returns and writes the summary."""
     claim(out, "demo", asdict(config))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the children the way Ctrl-C does
@@ -51,6 +33,7 @@ def run_demo(out: Path, seeds: int, config: DemoConfig) -> dict[str, Any]:
     try:
         sets = {name: config.puzzles(name) for name in ("one_hop", "diagnostic", "weak")}
         demo.runner.draw_puzzles(sets, {"train": config.train, "test": config.test})
+        demo.grpo.draw_validation()
         for seed in range(seeds):
             results.append(demo.run_seed(seed))
             summary = demo.summary(results)
@@ -62,10 +45,11 @@ def run_demo(out: Path, seeds: int, config: DemoConfig) -> dict[str, Any]:
 
 
 class _Demo:
-    def __init__(self, out: Path, config: DemoConfig) -> None:
+    def __init__(self, out: Path, config: LabConfig) -> None:
         self.out = out
         self.config = config
         self.runner = Runner(out, config.max_steps)
+        self.grpo = GRPOLab(self.runner, GRPOConfig((GRPO_POLICY,), config))
 
     def run_seed(self, seed: int) -> dict[str, Any]:
         """All models and tables of one seed."""
@@ -101,6 +85,8 @@ class _Demo:
 
         runner.train(seed, [[diagnostic], [weak, direct]], tables)
         result["diagnostic"]["direct"] = result.pop("direct")
+        result["grpo"] = {"policy": GRPO_POLICY, **self.grpo.run_seed(seed)["policies"][GRPO_POLICY]}
+        seconds["grpo"] = time.monotonic() - clock
         result["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
         result["seconds"]["total"] = round(time.monotonic() - clock, 1)
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -115,6 +101,9 @@ class _Demo:
                 t["chance"] = chance(self.config.puzzles(name))
             summary[name] = {key: _mean([t[key] for t in tables]) for key in (*CONDITIONS, "direct")}
             summary[name] |= {key: tables[0][key] for key in ("chance", "n")}
+        keys = ("own_before", "own_after", "oracle_after")
+        summary["grpo"] = {key: _mean([r["grpo"][key] for r in results]) for key in keys}
+        summary["grpo"] |= {"policy": GRPO_POLICY, "seconds": _mean([r["grpo"]["seconds"] for r in results])}
         keys = results[0]["seconds"]
         summary["seconds"] = {key: round(sum(r["seconds"][key] for r in results) / len(results), 1) for key in keys}
         summary["seeds"] = results

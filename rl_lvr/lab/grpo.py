@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 from rl_lvr.data.puzzles import PuzzleConfig
 from rl_lvr.errors import UserError
-from rl_lvr.lab.demo import DemoConfig
+from rl_lvr.lab.config import LabConfig
 from rl_lvr.lab.grpo_picture import draw
 from rl_lvr.lab.runner import Runner, Stage, claim, say
 from rl_lvr.rollout.record import FOLDER
@@ -47,7 +46,7 @@ class GRPOConfig:
     """What the experiment runs. A folder made with one config is not continued with another."""
 
     policies: tuple[str, ...] = ()
-    puzzles: DemoConfig = field(default_factory=DemoConfig)
+    puzzles: LabConfig = field(default_factory=LabConfig)
     source: str | None = None
     """A demo's folder whose pre-trained models are used, by seed."""
 
@@ -70,7 +69,7 @@ def run_grpo(out: Path, seeds: int, config: GRPOConfig) -> dict[str, Any]:
     try:
         lab.draw_puzzles()
         for seed in range(seeds):
-            results.append(lab.run_seed(seed, config.policies))
+            results.append(lab.run_seed(seed))
             _write(out / "summary.json", summarise(results, [], config))
         engines = [lab.first_steps(seed) for seed in range(seeds)]
         summary = summarise(results, engines, config)
@@ -125,7 +124,7 @@ class GRPOLab:
             {"stop": self.config.puzzles.puzzles("diagnostic")}, {"train": 0, "val": 300, "test": 0}
         )
 
-    def run_seed(self, seed: int, policies: Sequence[str]) -> dict[str, Any]:
+    def run_seed(self, seed: int) -> dict[str, Any]:
         """All models and figures of one seed."""
         folder = self.runner.out / f"seed-{seed}"
         path = folder / "grpo.json"
@@ -140,10 +139,10 @@ class GRPOLab:
         self.runner.train(seed, [[start]])
         before = self.measure(start)
         say(f"seed {seed}, before: {_line(before)}")
-        stages = {policy: self.stage(seed, policy) for policy in policies}
+        stages = {policy: self.stage(seed, policy) for policy in self.config.policies}
         runs = list(stages.values())
         with_attention = None
-        if ATTENTION in policies:
+        if ATTENTION in self.config.policies:
             with_attention = self.stage(seed, ATTENTION, attention=True)
             runs.append(with_attention)
         after: dict[str, dict[str, Any]] = {}
@@ -217,7 +216,7 @@ class GRPOLab:
             stage.name = f"first step, {engine}"
             stage.folder = stage.folder.with_name(f"first-step-{engine}")
             self.runner.train(seed, [[stage]])
-            found[engine] = _recorded(stage.folder / FOLDER / "rollouts-0.jsonl")
+            found[engine] = _recorded(stage.folder / FOLDER / "rollouts-00000.jsonl")
         (rewards, tokens), (theirs, drawn) = found["hf"], found["vllm"]
         return {
             "equal": rewards == theirs,

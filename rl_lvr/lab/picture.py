@@ -34,6 +34,11 @@ def table(summary: dict[str, Any]) -> str:
         lines.append(f"{name:<8}{MEANING[name]:<34}{cells}")
     chances = "".join(f"{number(summary[s]['chance']):>{w}}" for s, w in zip(sets, (12, 8), strict=True))
     lines.append(f"{'chance':<8}{'cannot follow the pointers':<34}{chances}")
+    grpo = summary["grpo"]
+    lines.append(
+        f"GRPO ({grpo['policy']}) on a model that was trained too short: own "
+        f"{number(grpo['own_before'])} before, {number(grpo['own_after'])} after"
+    )
     seeds = len(summary["seeds"])
     lines.append(f"accuracy on {summary['diagnostic']['n']} held-out puzzles a set, {seeds} seed{'s' * (seeds > 1)}")
     return "\n".join(lines)

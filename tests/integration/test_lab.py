@@ -15,7 +15,7 @@ from lab_tools import build_model, sft, write_puzzles
 
 from rl_lvr import cli
 from rl_lvr.data.puzzles import chance
-from rl_lvr.lab.demo import DemoConfig
+from rl_lvr.lab.config import LabConfig
 from rl_lvr.lab.picture import table
 
 
@@ -99,7 +99,7 @@ def test_the_two_sets_ask_what_they_claim() -> None:
     """The weak targets are one cell whatever the puzzle; the diagnostic ones are the path."""
     from rl_lvr.data.puzzles import generate
 
-    config = DemoConfig()
+    config = LabConfig()
     weak = generate(config.puzzles("weak"), 20, "test")
     assert {record.latents[0].cells for record in weak} == {(0,) * 5}
     assert all(record.meta["hops"] == 1 for record in weak)
