@@ -129,6 +129,10 @@ class Capability(StrEnum):
     SPHERICAL_NOISE = "spherical_noise"
     PROMPT_LATENTS = "prompt_latents"
     PROJECTOR = "projector"
+    WEIGHTS = "weights"
+    """`sync_weights` works."""
+    SLEEP = "sleep"
+    """It has `sleep` and `wake`, which give its memory away and take it back."""
 
 
 class RolloutEngine(Protocol):

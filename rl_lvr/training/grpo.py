@@ -103,6 +103,11 @@ class LatentGRPOTrainer(CheckedGRPO):
                 f"the engine runs latent format {engine.markers.format.name!r} with other markers or another k than "
                 f"the trainer's {latent_format.name!r}: make both from one format and one tokenizer."
             )
+        if Capability.WEIGHTS not in engine.capabilities:
+            raise UserError(
+                f"the engine {type(engine).__name__} keeps the weights that it was started with, so the trainer would "
+                "learn from rollouts of an old model: use the engine vllm or hf."
+            )
         self._guard_engine(engine)
         self.sampling = Sampling(
             max_tokens=config.max_completion_length,

@@ -53,6 +53,12 @@ class LatentGRPOConfig(RolloutSettings, Defaults, GRPOConfig):
     parity_check: bool = field(
         default=True, metadata={"help": "Hold the engine against the model, with a control, before the first step."}
     )
+    engine_sleep: bool | None = field(
+        default=None,
+        metadata={
+            "help": "The engine vllm gives its memory to the trainer while it does not generate. Default: yes on a GPU."
+        },
+    )
     rollout_batch: int = field(default=16, metadata={"help": "Rows that the engine hf decodes together."})
     record_rollouts: bool = field(default=True, metadata={"help": "Write rollouts below output_dir/rollouts."})
 

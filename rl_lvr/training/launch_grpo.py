@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import TrainerCallback, set_seed
@@ -19,6 +20,7 @@ from rl_lvr.errors import UserError
 from rl_lvr.latents.format import LatentFormat
 from rl_lvr.signals import parse_signals
 from rl_lvr.training.conduct import Run, conduct
+from rl_lvr.training.engines import check_engine, make_engine
 from rl_lvr.training.grpo import LatentGRPOTrainer, check_settings
 from rl_lvr.training.grpo_columns import require_columns
 from rl_lvr.training.grpo_recipe import WITHOUT_EFFECT, GRPORecipe
@@ -59,6 +61,18 @@ def train_grpo(config: GRPORecipe, model_config: ModelConfig, given: dict[str, A
         if config.latent_eval_steps:
             questions = questions_of(records, LazyEncoded(records, encoder), encoder, config)
 
+    engine, options = None, cast("dict[str, Any] | None", config.engine_options)
+    if start.latent_format is not None:
+        engine = make_engine(
+            config.engine,
+            options,
+            folder=start.path,
+            model=model,
+            processor=encoder.processor,
+            latent_format=start.latent_format,
+            config=config,
+        )
+
     def build(callbacks: list[TrainerCallback]) -> LatentGRPOTrainer:
         return LatentGRPOTrainer(
             model,
@@ -68,11 +82,13 @@ def train_grpo(config: GRPORecipe, model_config: ModelConfig, given: dict[str, A
             train_dataset=train,
             eval_dataset=evaluation,
             processing_class=encoder.processor,
+            engine=engine,
             callbacks=callbacks,
             peft_config=adapter_of(model_config, model, encoder.family, encoder.markers),
         )
 
-    return conduct(Run("grpo", config, model_config, given, start), build, encoder, questions)
+    with nullcontext() if engine is None else closing(engine):
+        return conduct(Run("grpo", config, model_config, given, start), build, encoder, questions)
 
 
 def _check_plan(config: GRPORecipe, specs: list[RewardSpec], chosen: LatentFormat | None, encoder: Encoder) -> None:
@@ -81,6 +97,7 @@ def _check_plan(config: GRPORecipe, specs: list[RewardSpec], chosen: LatentForma
     require_columns(specs, without_latents=chosen is None)
     if chosen is not None:
         check_settings(config, chosen, encoder.family.hidden_size)
+        check_engine(config.engine, cast("dict[str, Any] | None", config.engine_options), config)
     elif signals:
         raise UserError(f"signal {signals[0].name!r} needs a latent format: leave its reward out.")
     elif config.engine != "hf" or config.engine_options:

@@ -21,7 +21,7 @@ from rl_lvr.rollout.vllm.history import History, Live
 from rl_lvr.rollout.vllm.prompts import collapse
 from rl_lvr.rollout.vllm.settings import LatentSettings, as_config
 from rl_lvr.rollout.vllm.slots import END, FED, FORCED, SLOT, START, SlotTables
-from rl_lvr.rollout.vllm.weights import Receipt, checkpoint_weights
+from rl_lvr.rollout.vllm.weights import Receipt, _buckets, checkpoint_weights
 from rl_lvr.rollout.vllm.wire import LatentArgs
 
 MARKERS = FormatIds(get_format("lvr", k=3), 7, 8, 9)
@@ -177,18 +177,51 @@ def test_weights_of_an_adapted_model_are_those_of_the_merged_one(load_tiny):
     model, _ = load_tiny("qwen2_5_vl")
     plain = {name: value.clone() for name, value in model.state_dict().items()}
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-    with checkpoint_weights(adapted, torch.float32) as (named, receipt):
-        weights = {name: value.clone() for name, value in named}
-        sent = Receipt(receipt.tensors, receipt.checksum, receipt.rows)
+    before = {name: value.clone() for name, value in adapted.state_dict().items()}
+    sent = Receipt()
+    weights = dict(checkpoint_weights(adapted, torch.float32, sent))
+    assert all(torch.equal(value, before[name]) for name, value in adapted.state_dict().items())
     assert set(weights) == set(plain)
     changed = {name for name in weights if not torch.equal(weights[name], plain[name])}
     assert changed
     assert all("q_proj" in name for name in changed)
-    with checkpoint_weights(adapted.merge_and_unload(), torch.float32) as (_, merged):
-        assert merged.agrees(sent)
+    whole, merged = Receipt(), adapted.merge_and_unload()
+    assert all(torch.equal(value, weights[name]) for name, value in checkpoint_weights(merged, torch.float32, whole))
+    assert whole.agrees(sent)
     assert not Receipt(sent.tensors - 1, sent.checksum, sent.rows).agrees(sent)
     assert not Receipt(sent.tensors, sent.checksum * 1.001, sent.rows).agrees(sent)
     assert not Receipt(sent.tensors, sent.checksum, sent.rows * 1.001).agrees(sent)
+
+
+def test_an_altered_weight_or_one_that_did_not_come_is_noticed(load_tiny):
+    model, _ = load_tiny("qwen2_5_vl")
+    sent, got = Receipt(), Receipt()
+    for _, value in checkpoint_weights(model, torch.float32, sent):
+        got.count(value)
+    got.rows = sent.rows
+    assert got.agrees(sent)
+    for name in ("model.language_model.layers.1.mlp.up_proj.weight", "lm_head.weight"):
+        altered = Receipt(rows=sent.rows)
+        for found, value in checkpoint_weights(model, torch.float32, Receipt()):
+            altered.count(value * 1.01 if found == name else value)
+        assert altered.tensors == sent.tensors
+        assert not altered.agrees(sent)
+
+
+@pytest.mark.parametrize("bucket", [1, 30_000, 1 << 40])
+def test_weights_travel_in_buckets_of_a_bounded_size(load_tiny, bucket):
+    model, _ = load_tiny("qwen2_5_vl")
+    expected = dict(model.state_dict())
+    found = list(_buckets(model, bucket))
+    assert [name for units in found for unit in units for name in unit.names] == list(expected)
+    for units in found:
+        assert len(units) == 1 or sum(unit.size for unit in units) <= bucket
+    assert (len(found) == 1) == (bucket > 1 << 30)
+    sent, whole = Receipt(), Receipt()
+    weights = dict(checkpoint_weights(model, torch.float32, sent, bucket=bucket))
+    assert all(torch.equal(value, expected[name]) for name, value in weights.items())
+    assert list(checkpoint_weights(model, torch.float32, whole))
+    assert whole.agrees(sent)
 
 
 @pytest.mark.parametrize(

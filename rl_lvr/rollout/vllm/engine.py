@@ -6,6 +6,7 @@ import itertools
 import tempfile
 import uuid
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,14 @@ from rl_lvr.models.loading import checkpoint_folder
 from rl_lvr.progress import task
 from rl_lvr.rollout.types import Capability, Request, Rollout, Sampling, request_seeds
 from rl_lvr.rollout.vllm import calls, guards, selftest
+from rl_lvr.rollout.vllm.colocated import beside_a_trainer, leave
 from rl_lvr.rollout.vllm.settings import MAX_LATENTS, as_config, settings_for_folder
 from rl_lvr.rollout.vllm.weights import Receipt, checkpoint_weights
 from rl_lvr.rollout.vllm.worker import EXTENSION
 
 
 class VLLMRolloutEngine:
-    """Generates with a vLLM that this object starts. Tokens at temperature above 0 are vLLM's own draws."""
+    """Generates with a vLLM that this object starts."""
 
     def __init__(
         self,
@@ -41,9 +43,11 @@ class VLLMRolloutEngine:
         gpu_memory_utilization: float | None = None,
         tensor_parallel_size: int = 1,
         seed: int = 0,
+        colocated: bool = False,
         progress: bool = False,
         engine_args: dict[str, Any] | None = None,
     ) -> None:
+        """`colocated`: in this process, beside a trainer, whose weights then need not travel. See `colocated.py`."""
         guards.check_version()
         guards.check_hooks()
         folder = checkpoint_folder(model)
@@ -75,7 +79,9 @@ class VLLMRolloutEngine:
             **(arguments.get("additional_config") or {}),
             **as_config(format, max_latents),
         }
-        self.llm = LLM(model=str(folder), worker_extension_cls=EXTENSION, **arguments)
+        self._guest = torch.distributed.is_initialized()
+        with beside_a_trainer(arguments) if colocated else nullcontext():
+            self.llm = LLM(model=str(folder), worker_extension_cls=EXTENSION, **arguments)
         guards.check_workers(self.llm.collective_rpc("latent_status"), self.markers)
         selftest.run(self.llm, self.settings)
 
@@ -152,14 +158,20 @@ class VLLMRolloutEngine:
         mine, theirs = self.llm.llm_engine.vllm_config.model_config.hf_config, unwrapped(model).config
         if mine.model_type != theirs.model_type:
             raise UserError(f"a {theirs.model_type} model's weights cannot go into a {mine.model_type} engine.")
-        with checkpoint_weights(model, self.dtype) as (named, sent):
+        sent = Receipt()
+        named = checkpoint_weights(model, self.dtype, sent)
+        try:
             if _in_process(self.llm):
                 rows = self.llm.collective_rpc("latent_load", args=(named,))
             else:
                 with tempfile.TemporaryDirectory() as folder:
-                    path = str(Path(folder) / "weights.safetensors")
-                    save_file({name: value.cpu().contiguous() for name, value in named}, path)
-                    rows = self.llm.collective_rpc("latent_load_file", args=(path,))
+                    for number, (name, value) in enumerate(named):
+                        path = Path(folder) / f"{number:06}.safetensors"
+                        save_file({name: value.cpu().contiguous()}, path)
+                    rows = self.llm.collective_rpc("latent_load_files", args=(folder,))
+        finally:
+            for _ in named:  # what was not loaded counts as sent, and under ZeRO-3 other ranks wait for this one
+                pass
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept prefixes of the old weights: requests are still running.")
         self.llm.llm_engine.reset_encoder_cache()
@@ -177,7 +189,10 @@ class VLLMRolloutEngine:
 
     def close(self) -> None:
         """Stop vLLM and free its memory."""
-        self.llm.llm_engine.engine_core.shutdown()
+        if self._guest and _in_process(self.llm):
+            leave(self.llm.llm_engine.engine_core)
+        else:
+            self.llm.llm_engine.engine_core.shutdown()
 
 
 def _only(index: int, rows: list[list[Any]]) -> list[Any]:

@@ -1,13 +1,14 @@
 """A trainer's weights into a running vLLM, and the proof that they arrived.
 
-Names are those of a saved checkpoint, which vLLM's own loaders understand. The receipt holds a checksum over what was
-loaded and the embedding rows that the engine now looks up.
+Names are those of a saved checkpoint, which vLLM's own loaders understand. Under ZeRO-3 one bucket of weights at a
+time is gathered; adapters are merged one layer at a time. The receipt holds a checksum over what was loaded and the
+embedding rows that the engine now looks up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,9 @@ from rl_lvr.latents.inject import unwrapped
 
 PROBES = 16
 """Embedding rows that are read back."""
+BUCKET = 1 << 28
+"""Bytes that are gathered or merged at a time; a single larger weight is a bucket of its own."""
+_PIECE = 1 << 24
 
 
 @dataclass
@@ -34,7 +38,9 @@ class Receipt:
     def count(self, value: Tensor) -> None:
         self.tensors += 1
         if value.is_floating_point() and value.numel():
-            self.checksum += float(value.detach().double().abs().mean())
+            pieces = value.detach().reshape(-1).split(_PIECE)
+            total = torch.stack([piece.abs().sum(dtype=torch.float64) for piece in pieces]).sum()
+            self.checksum += float(total) / value.numel()
 
     def as_row(self) -> list[Any]:
         return [self.tensors, self.checksum, self.rows]
@@ -77,52 +83,122 @@ def _reload(runner: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
         raise
 
 
-@contextmanager
-def checkpoint_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[list[tuple[str, Tensor]], Receipt]]:
-    """The weights of a trainer's model under a checkpoint's names, adapters merged in for the time being.
+def checkpoint_weights(
+    model: nn.Module, dtype: torch.dtype, receipt: Receipt, *, bucket: int = BUCKET
+) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a trainer's model under a checkpoint's names, one after the other; `receipt` counts them.
 
-    `dtype` is the engine's precision. Wrappers (DDP, DeepSpeed, PEFT, torch.compile) may be around the model; its
-    weights must be whole on this rank.
+    `dtype` is the engine's precision. Wrappers (DDP, DeepSpeed, PEFT, torch.compile) may be around the model. Adapters
+    are merged in for the copy, and the model stays as it was, bit for bit. Under ZeRO-3 all ranks must read to the end.
     """
-    adapted = _adapted(model)
-    if adapted is not None:
-        adapted.merge_adapter()
-    try:
-        base = unwrapped(model)
-        named = [(_released(name, base.config), value) for name, value in _own(base)]
-        if any(value.numel() == 0 for _, value in named):
-            raise UserError("the model's weights are spread over ranks (ZeRO-3): gather them before sync_weights.")
-        receipt = Receipt()
-        for _, value in named:
-            receipt.count(value)
-        receipt.rows = float(base.get_input_embeddings().weight[:PROBES].detach().to(dtype).double().abs().mean())
-        yield named, receipt
-    finally:
-        if adapted is not None:
-            adapted.unmerge_adapter()
+    base: Any = unwrapped(model)
+    tied = base.config.get_text_config().tie_word_embeddings
+    embedding = base.get_input_embeddings().weight
+    for units in _buckets(base, bucket):
+        with _gathered([value for unit in units for value in unit.parameters]):
+            for unit in units:
+                for name, value in unit.weights():
+                    if name == "lm_head.weight" and tied:
+                        continue
+                    if value.numel() == 0:
+                        raise UserError(f"{name} is not whole on this rank, and only ZeRO-3 can be gathered here.")
+                    receipt.count(value)
+                    if unit.holds(embedding):
+                        receipt.rows = float(value[:PROBES].to(dtype).double().abs().mean())
+                    yield _released(name, base.config), value
 
 
-def _adapted(model: Any) -> Any:
-    """The PEFT model inside other wrappers, None if there is none."""
-    while not hasattr(model, "merge_adapter"):
-        if "module" in model._modules:
-            model = model.module
-        elif "_orig_mod" in model._modules:
-            model = model._orig_mod
-        else:
-            return None
-    return model
+@dataclass(frozen=True)
+class _Unit:
+    """A weight, or an adapted layer whose weights make sense only together."""
+
+    names: dict[str, Tensor]
+    """Name in the state dict to parameter or buffer."""
+    layer: Any = None
+    prefix: str = ""
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        own = [value for value in self.names.values() if isinstance(value, nn.Parameter)]
+        return own if self.layer is None else list(self.layer.parameters())
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole weights, also where this rank has only a part of them."""
+        return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in self.parameters)
+
+    def holds(self, weight: Tensor) -> bool:
+        return any(value is weight for value in self.names.values())
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        if self.layer is None:
+            for name, value in self.names.items():
+                yield name.replace("modules_to_save.default.", ""), value.detach()
+            return
+        merged = _merged(self.layer)
+        for name in self.names:
+            if name.startswith(f"{self.prefix}.base_layer."):
+                inner = name.removeprefix(f"{self.prefix}.base_layer.")
+                yield f"{self.prefix}.{inner}", merged[inner]
 
 
-def _own(base: Any) -> Iterator[tuple[str, Tensor]]:
-    """Each weight once, under its name without the adapter; a head that shares the embedding's weight is left out."""
-    for name, value in base.state_dict().items():
-        if ".lora_" in name or "original_module." in name:
-            continue
-        name = name.replace(".base_layer.", ".").replace("modules_to_save.default.", "")
-        if name == "lm_head.weight" and base.config.get_text_config().tie_word_embeddings:
-            continue
-        yield name, value.detach()
+def _merged(layer: Any) -> dict[str, Tensor]:
+    """Copies of an adapted layer's own weights with its active adapters in; the layer stays as it was.
+
+    PEFT's own merge does it, whatever kind of adapter that is; what it subtracts again is only nearly what it added.
+    """
+    plain = layer.get_base_layer()
+    before = {name: value.detach().clone() for name, value in plain.named_parameters()}
+    with torch.no_grad():
+        layer.merge()
+        try:
+            merged = {name: value.detach().clone() for name, value in plain.named_parameters()}
+        finally:
+            layer.unmerge()
+            for name, value in plain.named_parameters():
+                value.copy_(before[name])
+    return merged | {name: value.detach() for name, value in plain.named_buffers()}
+
+
+def _units(base: Any) -> Iterator[_Unit]:
+    """Every weight of the state dict once, in its order."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    tensors = dict(base.named_parameters(remove_duplicate=False)) | dict(base.named_buffers(remove_duplicate=False))
+    layers = {name: module for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
+    seen: set[str] = set()
+    for name in base.state_dict():
+        prefix = next((found for found in layers if name.startswith(f"{found}.")), None)
+        if prefix is not None and prefix not in seen:
+            seen.add(prefix)
+            yield _Unit({n: v for n, v in tensors.items() if n.startswith(f"{prefix}.")}, layers[prefix], prefix)
+        elif prefix is None and "original_module." not in name:
+            yield _Unit({name: tensors[name]})
+
+
+def _buckets(base: Any, bucket: int) -> Iterator[list[_Unit]]:
+    units: list[_Unit] = []
+    size = 0
+    for unit in _units(base):
+        if units and size + unit.size > bucket:
+            yield units
+            units, size = [], 0
+        units.append(unit)
+        size += unit.size
+    if units:
+        yield units
+
+
+def _gathered(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
+    """The whole weights where ZeRO-3 has spread them over ranks."""
+    spread: list[Any] = [p for p in parameters if hasattr(p, "ds_id")]
+    if not spread:
+        return nullcontext()
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+    from deepspeed.zero import GatheredParameters
+
+    missing = [p for p in spread if p.ds_status != ZeroParamStatus.AVAILABLE]
+    return GatheredParameters(missing) if missing else nullcontext()
 
 
 def _released(name: str, config: Any) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ class LatentWorker:
     """vLLM mixes this into its worker class (`worker_extension_cls`)."""
 
     model_runner: Any
-    rank: int
+    is_driver_worker: bool
+    """Of the ranks of one engine the first. Engines beside a trainer's ranks have a `rank` of the trainer's."""
 
     def latent_status(self) -> dict[str, Any]:
         """Whether latents work in this worker at all: vLLM only logs it when a plugin fails to load."""
@@ -34,9 +36,9 @@ class LatentWorker:
         }
 
     def latent_pop(self, uids: list[str], every_rank: bool = False) -> dict[str, list[list[Any]]]:
-        """The latents of these uids, once; see `history.Latents.as_row`. All ranks have the same, the first answers."""
+        """The latents of these uids, once; see `history.Latents.as_row`. All ranks have them, the driver answers."""
         found = self.model_runner.model_state.history.pop(uids)
-        if self.rank != 0 and not every_rank:
+        if not self.is_driver_worker and not every_rank:
             return {}
         return {uid: [row.as_row() for row in rows] for uid, rows in found.items()}
 
@@ -49,9 +51,15 @@ class LatentWorker:
         with torch.no_grad():
             return checks.load(self.model_runner, weights).as_row()
 
-    def latent_load_file(self, path: str) -> list[Any]:
-        """The same from a safetensors file, for workers in other processes."""
-        from safetensors import safe_open
+    def latent_load_files(self, folder: str) -> list[Any]:
+        """The same from a folder of safetensors files, for workers in other processes."""
+        return self.latent_load(_read(sorted(Path(folder).glob("*.safetensors"))))
 
+
+def _read(paths: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
+    from safetensors import safe_open
+
+    for path in paths:
         with safe_open(path, framework="pt") as file:
-            return self.latent_load((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+            for name in file.keys():  # noqa: SIM118
+                yield name, file.get_tensor(name)
