@@ -8,8 +8,10 @@ import pytest
 from trl import ModelConfig
 
 from rl_lvr.errors import UserError
-from rl_lvr.recipe import parse_recipe
+from rl_lvr.recipe import parse_recipe, read_recipe, split_config
 from rl_lvr.training.config import LatentSFTConfig
+from rl_lvr.training.grpo_recipe import GRPORecipe
+from rl_lvr.training.rewards import load_rewards
 
 TYPES = [LatentSFTConfig, ModelConfig]
 GOOD = "train_file: a.jsonl\noutput_dir: out\nlatent_format: lvr\nlearning_rate: 1e-3\nreport_to: none\n"
@@ -107,6 +109,62 @@ def test_required_settings_are_named(recipe: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("recipes/**/*.yaml")), ids=lambda p: p.stem)
 def test_every_recipe_of_the_repository_parses(path: Path) -> None:
-    (config, model), _ = parse(path)
+    kind = GRPORecipe if "rewards" in read_recipe(path) else LatentSFTConfig
+    (config, model), _ = parse_recipe([kind, ModelConfig], ["--config", str(path)])
     assert config.train_file
     assert model.model_name_or_path
+
+
+GRPO = [GRPORecipe, ModelConfig]
+
+
+def test_grpo_has_the_keys_of_the_run_and_those_of_the_trainer(recipe: Path) -> None:
+    recipe.write_text(
+        GOOD + "rewards:\n  - accuracy\n  - {name: format, weight: 0.1}\n"
+        "engine: vllm\nengine_options: {max_model_len: 64, engine_args: {seed: 1}}\nnum_generations: 2\n"
+    )
+    (config, _), given = parse_recipe(GRPO, ["--config", str(recipe), "--latent_k", "6"])
+    assert [spec.weight for spec in load_rewards(config.rewards)] == [1.0, 0.1]
+    assert (config.latent_k, config.latent_format, config.num_generations) == (6, "lvr", 2)
+    assert config.engine_options == {"max_model_len": 64, "engine_args": {"seed": 1}}
+    assert config.gradient_checkpointing is False
+    assert given["engine"] == "vllm"
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ("", "rewards is empty"),
+        ("rewards: [accuracy]\nengine: vlm\n", "engine is 'vlm'; choose hf or vllm or server"),
+        ("rewards: [accuracy]\nengine_options: 3\n", "engine_options is '3'"),
+        ("rewards: [accuracy]\nreward: 1\n", "did you mean 'rewards'"),
+        ("rewards: [accuracy]\nnum_generations: 3\n", r"generation_batch_size \(8\) must be divisible by num_gen"),
+        ("rewards: [accuracy]\nlatent_policy: gaussian\n", "needs latent_sigma above 0"),
+        ("rewards: [accuracy]\nlatent_eval_steps: 5\n", "eval_file is missing"),
+        ("rewards: [accuracy]\nown_latents: 0.5\n", "unknown key 'own_latents'"),
+    ],
+)
+def test_mistakes_in_a_recipe_of_grpo(recipe: Path, lines: str, words: str) -> None:
+    recipe.write_text(GOOD + lines)
+    with pytest.raises(UserError, match=words):
+        parse_recipe(GRPO, ["--config", str(recipe)])
+
+
+def test_the_recipe_is_split_from_its_flags() -> None:
+    assert split_config(["--config=a.yaml", "--x", "1"]) == ("a.yaml", ["--x", "1"])
+    assert split_config(["--x", "1"]) == (None, ["--x", "1"])
+
+
+def test_a_reward_file_lies_here_or_beside_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, beside = tmp_path / "here", tmp_path / "beside"
+    for folder in (here, beside):
+        folder.mkdir()
+        (folder / f"{folder.name}.py").write_text("def one(completions, **_):\n    return [1.0] * len(completions)\n")
+    monkeypatch.chdir(here)
+    load_rewards(["here.py:one"], beside)
+    (spec,) = load_rewards(["beside.py:one"], beside)
+    assert spec.function(completions=["a"]) == [1.0]
+    with pytest.raises(UserError, match=r"there is no file beside\.py\."):
+        load_rewards(["beside.py:one"])
+    with pytest.raises(UserError, match=r"no file nowhere\.py, nor .*beside/nowhere\.py"):
+        load_rewards(["nowhere.py:one"], beside)
