@@ -93,7 +93,11 @@ def cache_key(path: str, image_files: str, count: int, encoder: Encoder) -> dict
     `image_files` is the digest of a `check.Report`.
     """
     processor = encoder.processor
-    template = (encoder.tokenizer.backend_tokenizer.to_str(), processor.chat_template, processor.to_json_string())
+    template = (
+        encoder.tokenizer.backend_tokenizer.to_str(),
+        processor.chat_template,
+        "" if encoder.family.text_only else processor.to_json_string(),
+    )
     return {
         "data": file_digest(locate(path)[0]),
         "name": path,

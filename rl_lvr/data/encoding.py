@@ -152,6 +152,8 @@ class Encoder:
             }
             for m in record.messages
         ]
+        if self.family.text_only:
+            messages = [{**m, "content": self._plain(record, m["content"])} for m in messages]
         count = len(record.prompt_messages)
         prompt = self.processor.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=True)
         if record.is_prompt_only:
@@ -163,6 +165,14 @@ class Encoder:
                 "(often because it drops earlier thinking); use a template whose prompt is a prefix of the whole."
             )
         return prompt, whole[len(prompt) :]
+
+    def _plain(self, record: Record, content: list[dict[str, Any]]) -> str:
+        """A message's content for the templates of text-only models, which know strings only."""
+        if any(part["type"] != "text" for part in content):
+            raise _refused(
+                record, "messages", f"show an image, and {self.family.name} takes none", "take a vision-language model"
+            )
+        return "".join(part["text"] for part in content)
 
     def _span_texts(self, record: Record) -> Iterator[str]:
         if self.markers is None:

@@ -62,6 +62,8 @@ class Family(ABC):
     """`config.model_type` values that belong to it."""
     image_keys: ClassVar[tuple[str, ...]]
     """Names of the forward's inputs that belong to images."""
+    text_only: ClassVar[bool] = False
+    """No images at all: a tokenizer stands where the others have a processor, and a message's content is a string."""
 
     def __init__(self, config: Any) -> None:
         self.config = config

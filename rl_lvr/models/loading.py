@@ -34,20 +34,27 @@ def load_model(
 
 
 def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> tuple[Family, Any]:
-    """(family, processor) of a checkpoint, without its weights."""
-    from transformers import AutoConfig, AutoProcessor
+    """(family, processor) of a checkpoint, without its weights. A text-only model's processor is its tokenizer."""
+    from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
     folder = checkpoint_folder(path)
     family = family_class(_model_type(folder))
     _check_weights(folder)
-    if not (folder / "tokenizer_config.json").is_file() or not any(
-        (folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")
+    has_tokenizer = (folder / "tokenizer_config.json").is_file()
+    if family.text_only and not has_tokenizer:
+        raise UserError(
+            f"{folder} holds no tokenizer (tokenizer_config.json): save the base model's into it with save_pretrained."
+        )
+    if not family.text_only and not (
+        has_tokenizer
+        and any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
     ):
         raise UserError(
             f"{folder} holds no processor (tokenizer_config.json and processor_config.json): "
             "save the base model's processor into it with save_pretrained."
         )
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    reader: Any = AutoTokenizer if family.text_only else AutoProcessor
+    processor = reader.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     return family(config), processor
 
@@ -56,11 +63,12 @@ def load_weights(
     path: str | Path, *, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False, **more: Any
 ) -> Any:
     """The model of a checkpoint, in evaluation mode. `more` goes to `from_pretrained`."""
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     folder = checkpoint_folder(path)
     _check_weights(folder)
-    model_class: Any = AutoModelForImageTextToText
+    family = family_class(_model_type(folder))
+    model_class: Any = AutoModelForCausalLM if family.text_only else AutoModelForImageTextToText
     model, loaded = model_class.from_pretrained(
         folder,
         dtype=dtype,

@@ -13,6 +13,7 @@ from rl_lvr.models.base import Family
 from rl_lvr.models.internvl import InternVL
 from rl_lvr.models.llava_onevision import LlavaOnevision
 from rl_lvr.models.qwen import Qwen2_5VL, Qwen3VL
+from rl_lvr.models.text import TextOnly
 
 AnyFamily = TypeVar("AnyFamily", bound=type[Family])
 
@@ -75,5 +76,5 @@ def family_class(model_type: str) -> type[Family]:
     return _FAMILIES[model_type]
 
 
-for _family in (Qwen2_5VL, Qwen3VL, InternVL, LlavaOnevision):
+for _family in (Qwen2_5VL, Qwen3VL, InternVL, LlavaOnevision, TextOnly):
     register_family(_family)

@@ -75,8 +75,9 @@ def vllm_arguments(options: ServeOptions, flags: Sequence[str], port: int) -> An
     """The arguments of `vllm serve` with those that latents need."""
     from rl_lvr.latents.format import LatentFormat, choose_format
     from rl_lvr.models.loading import checkpoint_folder
+    from rl_lvr.models.registry import family_class
     from rl_lvr.rollout.vllm import guards
-    from rl_lvr.rollout.vllm.settings import MAX_LATENTS, TEXT_ONLY, as_config
+    from rl_lvr.rollout.vllm.settings import MAX_LATENTS, as_config
     from rl_lvr.rollout.vllm.worker import EXTENSION
 
     guards.check_version()
@@ -97,7 +98,7 @@ def vllm_arguments(options: ServeOptions, flags: Sequence[str], port: int) -> An
     arguments.logprobs_mode = "processed_logprobs"
     arguments.worker_extension_cls = EXTENSION
     arguments.additional_config = {**(arguments.additional_config or {}), **as_config(format_, max_latents)}
-    if AutoConfig.from_pretrained(folder, local_files_only=True).model_type in TEXT_ONLY:
+    if family_class(AutoConfig.from_pretrained(folder, local_files_only=True).model_type).text_only:
         arguments.enable_prompt_embeds = True
     return arguments
 
@@ -106,12 +107,13 @@ def _parse(flags: Sequence[str]) -> Any:
     from rl_lvr.rollout.vllm import guards
 
     guards.check_hooks()
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    guards.check_hooks(guards.SERVER_HOOKS)
+    cli: Any = guards.home_of(guards.ARGUMENTS, "make_arg_parser")
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    arguments = make_arg_parser(FlexibleArgumentParser(prog="rl-lvr serve")).parse_args(list(flags))
+    arguments = cli.make_arg_parser(FlexibleArgumentParser(prog="rl-lvr serve")).parse_args(list(flags))
     try:
-        validate_parsed_serve_args(arguments)
+        cli.validate_parsed_serve_args(arguments)
     except (TypeError, ValueError) as error:
         raise UserError(str(error).removeprefix("Error: ")) from error
     return arguments

@@ -23,8 +23,7 @@ from torch.utils._pytree import tree_leaves
 from rl_lvr.lab.tiny import FAMILIES
 from rl_lvr.lab.tokenizer import build_tokenizer
 from rl_lvr.latents.format import LatentFormat, get_format
-from rl_lvr.models import Family, register_family
-from rl_lvr.models.registry import UnsupportedFamily, family_class
+from rl_lvr.models import load_model
 from rl_lvr.rollout.types import Request
 
 CPU = torch.version.cuda is None
@@ -48,47 +47,13 @@ if CPU:
     use_cpu_runtime()
 
 
-class PlainText(Family):
-    """A language model without eyes, so that the reference engine and the replay can run it."""
-
-    name = "text"
-    model_types = TEXT
-    image_keys = ()
-
-    def placeholder_ids(self, tokenizer: Any) -> dict[str, int]:
-        return {}
-
-    def vision_parts(self, model: Any) -> dict[str, list[Any]]:
-        return {"tower": [], "merger": []}
-
-    def rows_per_image(self, images: Any) -> dict[str, list[int]]:
-        return {}
-
-    def image_features(self, model: Any, images: Any) -> list[Any]:
-        return []
-
-    def token_grid(self, images: Any) -> list[Any]:
-        return []
-
-
-try:
-    family_class(TEXT[0])
-except UnsupportedFamily:
-    register_family(PlainText)
-
-
 class VLLMRig(Rig):
     """A tiny model on disk, loaded by transformers here and by vLLM in an engine."""
 
     def __init__(self, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
-        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
-
         self.folder = folder
         self.text = folder.name in TEXT
-        auto: Any = AutoModelForCausalLM if self.text else AutoModelForImageTextToText
-        model = auto.from_pretrained(folder, dtype=dtype).eval()
-        processor = AutoTokenizer.from_pretrained(folder) if self.text else AutoProcessor.from_pretrained(folder)
-        super().__init__(model, processor)
+        super().__init__(*load_model(folder, dtype=dtype))
 
     @property
     def tokenizer(self) -> Any:
@@ -107,12 +72,8 @@ class VLLMRig(Rig):
         return super().requests(rows, **more)
 
     def vllm(self, format_: LatentFormat, **more: Any) -> Any:
-        from vllm.v1.sample.ops import topk_topp_sampler
-
         from rl_lvr.rollout.vllm.engine import VLLMRolloutEngine
 
-        if CPU:  # vLLM's top-p kernel does not run in Triton's interpreter; what it has for the purpose in torch does
-            topk_topp_sampler.HAS_TRITON = False
         engine_args = {
             "enforce_eager": True,
             "num_gpu_blocks_override": 256,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from rl_lvr.errors import UserError
 from rl_lvr.latents.format import FormatIds, get_format
-from rl_lvr.rollout.vllm import guards
+from rl_lvr.rollout.vllm import cpu, guards
 
 MARKERS = FormatIds(get_format("lvr"), 7, 8, 9)
 
@@ -71,3 +75,62 @@ def test_a_worker_without_the_plugin_is_noticed():
         guards.check_workers([ready, {"ready": False, "model": "Qwen2ForCausalLM"}], MARKERS)
     with pytest.raises(UserError, match="save the processor beside the model"):
         guards.check_workers([ready | {"markers": [1, 2, 3]}], MARKERS)
+
+
+# ---- hooks
+
+
+def test_a_hook_may_live_in_one_of_several_places():
+    places = ("json.nowhere", "json.decoder", "json")
+    assert guards.home_of(places, "JSONDecoder").__name__ == "json.decoder"
+    assert guards.missing_hooks([(places, "JSONDecoder.decode", ("s",)), (places, "loads", ("s",))]) == []
+    assert guards.missing_hooks([(places, "JSONDecoder.decode", ("text",))]) == [
+        "json.decoder.JSONDecoder.decode(text)"
+    ]
+    assert guards.missing_hooks([(places, "JSONReader", ())]) == ["json.nowhere.JSONReader"]
+    with pytest.raises(UserError, match=r"this vLLM lacks json\.nowhere\.JSONReader, which latents need: pip install"):
+        guards.home_of(places, "JSONReader")
+
+
+# ---- CPUs
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tiles", "granted", "refused"),
+    [
+        (torch.bfloat16, True, False, True),
+        (torch.bfloat16, True, True, False),
+        (torch.bfloat16, False, False, False),
+        (torch.float32, True, False, False),
+    ],
+)
+def test_bf16_is_refused_where_the_system_withholds_amx(monkeypatch, dtype, tiles, granted, refused):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: granted)
+    if refused:
+        with pytest.raises(UserError, match=r"AMX registers.*choose dtype float32"):
+            cpu.allow_tiles(dtype)
+    else:
+        cpu.allow_tiles(dtype)
+
+
+ASK_FOR_TILES = """
+import ctypes, torch
+from rl_lvr.rollout.vllm.cpu import allow_tiles
+
+def granted():
+    features = ctypes.c_ulong(0)
+    assert ctypes.CDLL(None).syscall(158, 0x1022, ctypes.byref(features)) == 0  # arch_prctl, ARCH_GET_XCOMP_PERM
+    return bool(features.value >> 18 & 1)
+
+print(torch.cpu._is_amx_tile_supported(), granted(), allow_tiles(torch.float32), granted(), allow_tiles(torch.bfloat16),
+      granted())
+"""
+
+
+def test_a_fresh_process_asks_linux_for_the_tile_registers():
+    if platform.machine() != "x86_64" or not torch.cpu._is_amx_tile_supported():
+        cpu.allow_tiles(torch.bfloat16)  # nothing to ask for
+        return
+    told = subprocess.run([sys.executable, "-c", ASK_FOR_TILES], capture_output=True, text=True, timeout=200)
+    assert told.stdout.split() == ["True", "False", "None", "False", "None", "True"], told.stderr

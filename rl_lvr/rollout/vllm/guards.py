@@ -9,6 +9,8 @@ import importlib
 import importlib.metadata
 import inspect
 from collections.abc import Mapping, Sequence
+from functools import reduce
+from types import ModuleType
 from typing import Any
 
 from packaging.version import Version
@@ -19,7 +21,16 @@ from rl_lvr.latents.format import FormatIds
 OLDEST, BEYOND = Version("0.30"), Version("0.34")
 
 _STATE = "vllm.v1.worker.gpu.model_states"
-HOOKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+Modules = str | tuple[str, ...]
+"""A module, or where something has lived in turn, the newest place first."""
+Hook = tuple[Modules, str, tuple[str, ...]]
+"""Module, callable, and parameters that it must take by these names."""
+
+PLANNING = ("vllm.v1.core.kv_cache_planning", "vllm.v1.core.kv_cache_utils")
+ARGUMENTS = ("vllm.entrypoints.common.cli_args", "vllm.entrypoints.launchers.cli_args")
+"""Both moved in 0.33."""
+
+HOOKS: tuple[Hook, ...] = (
     (_STATE, "resolve_model_state_cls", ("vllm_config", "model")),
     (f"{_STATE}.default", "DefaultModelState.__init__", ("vllm_config", "model", "encoder_cache", "device")),
     (f"{_STATE}.default", "DefaultModelState.add_request", ("req_index", "new_req_data")),
@@ -34,30 +45,78 @@ HOOKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.reload_weights", ()),
     ("vllm.v1.worker.gpu.sample.sampler", "Sampler.__call__", ("logits", "input_batch")),
     ("vllm.v1.core.kv_cache_utils", "_gen_prompt_embeds_extra_hash_keys", ("request",)),
-    ("vllm.v1.core.kv_cache_utils", "get_kv_cache_groups", ("vllm_config",)),
+    (PLANNING, "get_kv_cache_groups", ("vllm_config",)),
     ("vllm.entrypoints.llm", "LLM.enqueue", ("prompts",)),
     ("vllm.v1.engine.llm_engine", "LLMEngine.step", ()),
     ("vllm.v1.engine.llm_engine", "LLMEngine.reset_encoder_cache", ()),
     ("vllm.v1.engine.llm_engine", "LLMEngine.abort_request", ("request_ids", "internal")),
     ("vllm.entrypoints.llm", "LLM.collective_rpc", ("method",)),
 )
-"""Module, callable, and parameters that it must take by these names."""
+"""Of every engine with latents."""
+
+SERVER_HOOKS: tuple[Hook, ...] = (
+    ("vllm.v1.engine.async_llm", "AsyncLLM.generate", ("prompt", "sampling_params", "request_id")),
+    ("vllm.v1.engine.async_llm", "AsyncLLM.from_vllm_config", ("vllm_config", "usage_context")),
+    ("vllm.v1.engine.async_llm", "AsyncLLM.collective_rpc", ("method", "args")),
+    ("vllm.v1.engine.async_llm", "AsyncLLM.reset_mm_cache", ()),
+    ("vllm.v1.engine.async_llm", "AsyncLLM.get_supported_tasks", ()),
+    ("vllm.v1.engine.async_llm", "AsyncLLM.check_health", ()),
+    ("vllm.v1.engine.async_llm", "AsyncLLM.shutdown", ()),
+    ("vllm.v1.engine.exceptions", "EngineDeadError", ()),
+    ("vllm.exceptions", "VLLMValidationError", ()),
+    ("vllm.engine.arg_utils", "AsyncEngineArgs.from_cli_args", ("args",)),
+    ("vllm.engine.arg_utils", "AsyncEngineArgs.create_engine_config", ("usage_context",)),
+    ("vllm.renderers.inputs.preprocess", "parse_model_prompt", ("model_config", "prompt")),
+    ("vllm.renderers.base", "BaseRenderer.render_cmpl_async", ("prompts",)),
+    ("vllm.utils.argparse_utils", "FlexibleArgumentParser", ()),
+    (ARGUMENTS, "make_arg_parser", ("parser",)),
+    (ARGUMENTS, "validate_parsed_serve_args", ("args",)),
+    ("vllm.entrypoints.launchers.app", "build_app", ("args", "supported_tasks", "model_config")),
+    ("vllm.entrypoints.launchers.api_server.app_state", "init_app_state", ("engine_client", "state", "args")),
+    ("vllm.entrypoints.launchers.launcher", "serve_http", ("app", "sock", "enable_ssl_refresh")),
+    ("vllm.entrypoints.launchers.launcher", "validate_api_server_args", ("args",)),
+    ("vllm.entrypoints.launchers.utils.server_utils", "get_uvicorn_log_config", ("args",)),
+    ("vllm.entrypoints.serve.utils.api_utils", "with_cancellation", ("handler_func",)),
+    ("vllm.entrypoints.openai.completion.serving", "OpenAIServingCompletion.create_completion", ("request",)),
+    ("vllm.entrypoints.openai.chat_completion.serving", "OpenAIServingChat.create_chat_completion", ("request",)),
+)
+"""Of `rl-lvr serve` besides. vLLM moves its server's modules from release to release."""
 
 
-def missing_hooks() -> list[str]:
-    """What of `HOOKS` this vLLM does not have, by name; empty if all is there."""
+def missing_hooks(hooks: Sequence[Hook] = HOOKS) -> list[str]:
+    """What of `hooks` this vLLM does not have, by name; empty if all is there."""
     missing = []
-    for module, name, parameters in HOOKS:
-        try:
-            found: Any = importlib.import_module(module)
-            for part in name.split("."):
-                found = getattr(found, part)
-        except (ImportError, AttributeError):
-            missing.append(f"{module}.{name}")
+    for modules, name, parameters in hooks:
+        found = _find(modules, name)
+        if found is None:
+            missing.append(f"{_places(modules)[0]}.{name}")
             continue
-        takes = inspect.signature(found).parameters
-        missing += [f"{module}.{name}({parameter})" for parameter in parameters if parameter not in takes]
+        home, hook = found
+        takes = inspect.signature(hook).parameters if parameters else ()
+        missing += [f"{home.__name__}.{name}({parameter})" for parameter in parameters if parameter not in takes]
     return missing
+
+
+def home_of(modules: Modules, name: str) -> ModuleType:
+    """The module in which this vLLM has `name`."""
+    found = _find(modules, name)
+    if found is None:
+        raise _lacks([f"{_places(modules)[0]}.{name}"])
+    return found[0]
+
+
+def _places(modules: Modules) -> tuple[str, ...]:
+    return (modules,) if isinstance(modules, str) else modules
+
+
+def _find(modules: Modules, name: str) -> tuple[ModuleType, Any] | None:
+    for place in _places(modules):
+        try:
+            home = importlib.import_module(place)
+            return home, reduce(getattr, name.split("."), home)
+        except (ImportError, AttributeError):
+            continue
+    return None
 
 
 def check_version(version: str | None = None) -> None:
@@ -74,10 +133,14 @@ def check_version(version: str | None = None) -> None:
         )
 
 
-def check_hooks() -> None:
-    missing = missing_hooks()
+def check_hooks(hooks: Sequence[Hook] = HOOKS) -> None:
+    missing = missing_hooks(hooks)
     if missing:
-        raise UserError(f"this vLLM lacks {', '.join(missing)}, which latents need: pip install 'rl-lvr[vllm]'.")
+        raise _lacks(missing)
+
+
+def _lacks(missing: list[str]) -> UserError:
+    return UserError(f"this vLLM lacks {', '.join(missing)}, which latents need: pip install 'rl-lvr[vllm]'.")
 
 
 def check_config(vllm_config: Any) -> None:

@@ -20,7 +20,7 @@ from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
 
 from rl_lvr.errors import UserError
 from rl_lvr.latents.feedback import NAME, LatentFeedback
-from rl_lvr.rollout.vllm import guards
+from rl_lvr.rollout.vllm import cpu, guards
 from rl_lvr.rollout.vllm.settings import LatentSettings, settings_of
 
 
@@ -37,6 +37,8 @@ class LatentMixin:
         if self.latent_settings is None:
             return
         guards.check_config(vllm_config)
+        if vllm_config.device_config.device.type == "cpu":
+            cpu.prepare(vllm_config.model_config.dtype)
         format_ = self.latent_settings.markers.format
         if format_.projector != "none" or format_.norm != "none":
             module = LatentFeedback(self.latent_settings.limits.hidden_size, format_.projector, format_.norm)

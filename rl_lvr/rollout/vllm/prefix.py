@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from rl_lvr.rollout.vllm import wire
+from rl_lvr.rollout.vllm import guards, wire
 
 _latent_ids: set[int] = set()
 """Ids of tokens that may hold a latent, of all engines that this process schedules for. One too many costs sharing."""
@@ -23,7 +23,8 @@ def install() -> None:
     """Add the latent keys to vLLM's block keys; a second call changes nothing."""
     from vllm.v1.core import kv_cache_utils
 
-    keys, groups = kv_cache_utils._gen_prompt_embeds_extra_hash_keys, kv_cache_utils.get_kv_cache_groups
+    planning: Any = guards.home_of(guards.PLANNING, "get_kv_cache_groups")
+    keys, groups = kv_cache_utils._gen_prompt_embeds_extra_hash_keys, planning.get_kv_cache_groups
     if hasattr(keys, "__wrapped__"):
         return
 
@@ -37,7 +38,7 @@ def install() -> None:
 
     with_latents.__wrapped__ = keys  # type: ignore[attr-defined]
     kv_cache_utils._gen_prompt_embeds_extra_hash_keys = with_latents
-    kv_cache_utils.get_kv_cache_groups = with_settings
+    planning.get_kv_cache_groups = with_settings
 
 
 def watch(vllm_config: Any) -> None:

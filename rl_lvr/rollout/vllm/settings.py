@@ -17,8 +17,6 @@ from rl_lvr.models.registry import family_class
 from rl_lvr.rollout.checks import Limits
 from rl_lvr.rollout.types import Request
 
-TEXT_ONLY = ("qwen2", "qwen3")
-"""`config.model_type` of the language models that are served without a vision family."""
 FRAMED = ("internvl",)
 SINGLE = ("llava_onevision",)
 """vLLM cuts every image into tiles, transformers only one that is alone in its row."""
@@ -115,8 +113,8 @@ def bind(
     if max_latents < 1:
         raise UserError(f"max_latents is {max_latents}; it must be at least 1.")
     text = config.get_text_config()
-    text_only = config.model_type in TEXT_ONLY
-    placeholders = {} if text_only else family_class(config.model_type)(config).placeholder_ids(tokenizer)
+    family = family_class(config.model_type)(config)
+    placeholders = family.placeholder_ids(tokenizer)
     markers = format_.bind(tokenizer, placeholders)
     found = [tokenizer.eos_token_id, *(generation_eos if isinstance(generation_eos, list) else [generation_eos])]
     eos = {int(token) for token in found if token is not None}
@@ -139,7 +137,7 @@ def bind(
     if config.model_type in FRAMED:
         frame = placeholders["vision_start"], placeholders["vision_end"]
     return LatentSettings(
-        markers, limits, tuple(sorted(eos)), max_latents, text_only, config.model_type in SINGLE, frame
+        markers, limits, tuple(sorted(eos)), max_latents, family.text_only, config.model_type in SINGLE, frame
     )
 
 

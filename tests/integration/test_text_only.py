@@ -1,0 +1,60 @@
+"""Models without eyes from the shell and from the encoder: Qwen2 and Qwen3 are a family as the others are."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from helpers import noise_image
+from vllm_cases import TEXT, thinking
+
+from rl_lvr.cli import main
+from rl_lvr.data.encoding import Encoder
+from rl_lvr.data.images import ImageRef
+from rl_lvr.data.records import Record
+from rl_lvr.data.sources import RowError
+from rl_lvr.latents.format import get_format
+from rl_lvr.models import family_of, load_model
+
+# As the released tokenizers of Qwen2 write it: content is a string, and a list would be printed as it stands.
+STRINGS_ONLY = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module", params=TEXT)
+def folder(request, tiny_folder, tmp_path_factory):
+    return thinking(tiny_folder, tmp_path_factory.mktemp("text"), request.param)
+
+
+def test_generate_answers_with_latents(folder, capsys):
+    ask = ["generate", str(folder), "--question", "what is next from red", "--format", "lvr", "--k", "3"]
+    assert main([*ask, "--max-tokens", "30", "--temperature", "1", "--n", "2", "--json"]) == 0
+    answers = json.loads(capsys.readouterr().out)["answers"]
+    assert len(answers) == 2
+    assert sum(answer["latents"] for answer in answers) >= 3
+
+
+def test_generate_refuses_an_image(folder, capsys, tmp_path):
+    noise_image(0).save(tmp_path / "a.png")
+    ask = ["generate", str(folder), "--question", "what", "--format", "lvr", "--image", str(tmp_path / "a.png")]
+    assert main(ask) != 0
+    assert "takes none" in capsys.readouterr().err
+
+
+def test_records_are_written_with_string_contents(folder):
+    model, tokenizer = load_model(folder)
+    tokenizer.chat_template = STRINGS_ONLY
+    format_ = get_format("lvr", k=2)
+    encoder = Encoder(tokenizer, family_of(model), format_.bind(tokenizer, {}))
+    text = [{"type": "text", "text": "what is "}, {"type": "text", "text": "next"}]
+    answer = [{"type": "text", "text": "<latent>red"}]
+    record = Record("a", ({"role": "user", "content": text}, {"role": "assistant", "content": answer}))
+    (row,) = encoder.encode([record])
+    written = "<|im_start|>user\nwhat is next<|im_end|><|im_start|>assistant\n" + format_.text(2) + "red<|im_end|>"
+    assert tokenizer.decode(row.input_ids) == written
+    picture = {"role": "user", "content": [{"type": "image"}, *text]}
+    with pytest.raises(RowError, match="show an image"):
+        encoder.encode([replace(record, messages=(picture, record.messages[1]), images=(ImageRef("a.png"),))])
