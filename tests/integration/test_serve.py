@@ -259,6 +259,17 @@ def test_latents_can_be_switched_off(server: Server, engine: ServerRolloutEngine
 
 
 @pytest.mark.usefixtures("empty_afterwards")
+def test_filters_of_the_distribution(server: Server) -> None:
+    """vLLM's own kernel for them does not run on a CPU. The likeliest token alone is left, whatever the temperature."""
+    (greedy,) = complete(server, "what is next from red")["choices"]
+    for filters in ({"top_p": 1e-6}, {"top_k": 1}, {"top_p": 1e-6, "top_k": 5}):
+        (filtered,) = complete(server, "what is next from red", temperature=2.0, seed=1, **filters)["choices"]
+        assert filtered["token_ids"] == greedy["token_ids"], filters
+    (free,) = complete(server, "what is next from red", temperature=2.0, seed=1)["choices"]
+    assert free["token_ids"] != greedy["token_ids"]
+
+
+@pytest.mark.usefixtures("empty_afterwards")
 def test_every_choice_has_its_own_latents(server: Server, rig: VLLMRig, engine: ServerRolloutEngine) -> None:
     (request,) = opened(rig.requests([([], "yellow"), ([], "green")]), engine.markers.start or 0)[1:]
     prompt = list(request.prompt_ids)
