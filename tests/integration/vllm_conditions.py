@@ -15,6 +15,7 @@ from helpers import noise_image
 from vllm_cases import VLLMRig, opened
 
 from rl_lvr.latents.format import LatentFormat
+from rl_lvr.models import family_of
 from rl_lvr.rollout.types import Request, Rollout, Sampling
 
 ROWS = (
@@ -35,7 +36,7 @@ TIGHT = {"max_num_batched_tokens": 24, "num_gpu_blocks_override": 6}
 def start(rig: VLLMRig, format_: LatentFormat, room: dict[str, int], *, cache: bool, **more: Any) -> Any:
     """A vLLM engine with blocks of 32, with or without the prefix cache."""
     arguments = {**room, "block_size": 32, "enable_prefix_caching": cache, **more.pop("engine_args", {})}
-    return rig.vllm(format_, max_model_len=64, engine_args=arguments, **more)
+    return rig.vllm(format_, engine_args=arguments, **{"max_model_len": 64, **more})
 
 
 def forced_async(patch: Any) -> None:
@@ -62,6 +63,34 @@ def alone(engine: Any, requests: Sequence[Request], sampling: Sampling) -> list[
         engine.llm.reset_prefix_cache()
         rollouts += engine.generate([replace(request, seed=sampling.seed + i)], sampling)
     return rollouts
+
+
+@contextmanager
+def changed(model: Any) -> Iterator[Any]:
+    """The model with other keys in its first layer."""
+    weight = family_of(model).text_layers(model)[0].self_attn.k_proj.weight
+    before = weight.detach().clone()
+    try:
+        with torch.no_grad():
+            weight.neg_()
+        yield model
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
+
+
+def forget(state: Any) -> None:
+    """What a deep sleep leaves of device memory on a GPU (on a CPU vLLM does not sleep at all): anything."""
+    tables = [*vars(state.tables).values(), *vars(state.tables.span).values(), state._banned, state._pairs]
+    for tensor in (table for table in tables if isinstance(table, torch.Tensor)):
+        tensor.fill_(float("nan") if tensor.is_floating_point() else 1)
+
+
+def without_restoring(patch: Any) -> None:
+    """A negative control: what a prefill should get in place of embeddings is not written. `patch`: a MonkeyPatch."""
+    from rl_lvr.rollout.vllm.state import LatentModelState
+
+    patch.setattr(LatentModelState, "_write_planted", lambda self, embeds, batch: None)
 
 
 def identical(left: Sequence[Rollout], right: Sequence[Rollout]) -> bool:
