@@ -287,7 +287,7 @@ def test_stop_tokens_and_stop_strings(qwen):
     engine, requests = qwen.engine(), qwen.requests(([[], "what"],))
     word = qwen.tokenizer.encode(" blue", add_special_tokens=False)
     assert len(word) == 1
-    with qwen.bias({word[0]: 3.0, qwen.tokenizer.eos_token_id: -1e4}):
+    with qwen.bias({word[0]: 4.0, qwen.tokenizer.eos_token_id: -1e4}):
         free = engine.generate(requests, replace(SAMPLED, max_tokens=60))[0]
         at = free.completion_ids.index(word[0])
         token = engine.generate(requests, replace(SAMPLED, max_tokens=60, stop_token_ids=tuple(word)))[0]
