@@ -6,11 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from engine_cases import FORMATS, Rig
 from lab_tools import build_model, puzzles, write_puzzles
 
 from rl_lvr.data.records import Record
 from rl_lvr.data.writing import write_parquet
+from rl_lvr.latents.format import get_format
+from rl_lvr.models import load_model
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +43,18 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sft")
     build_model(folder / "model")
     write_puzzles(folder / "data")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def opener(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in whose head START's row is long, so that it opens spans without having learned to."""
+    folder = build_model(tmp_path_factory.mktemp("opener") / "model")
+    model, processor = load_model(folder, dtype=torch.float32)
+    start = processor.tokenizer.convert_tokens_to_ids(get_format("lvr").start)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[start] *= 3
+    model.save_pretrained(folder)
     return folder
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lab_tools import grpo_command, logged
 
 from rl_lvr.errors import UserError
 from rl_lvr.training.rewards import load_rewards, signals_of
@@ -94,6 +95,25 @@ def test_the_commands_see_it(site: Path, tmp_path: Path) -> None:
             assert {"brevity", "sharp", "accuracy"} <= {row["name"] for row in found}
         else:
             assert found["scores"] == [1.0]
+
+
+def test_a_run_uses_it_and_without_it_does_not_begin(site: Path, opener: Path, place: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    out = tmp_path / "run"
+    words = grpo_command(opener, place / "data", out, max_steps=1, config=tmp_path / "recipe.yaml")
+    command = [sys.executable, "-m", "rl_lvr.cli", *words]
+    without = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert without.returncode == 2
+    assert "rl-lvr: no reward 'brevity'" in without.stderr.splitlines()[-1]
+    assert not out.exists()
+
+    with_it = {**os.environ, "PYTHONPATH": str(site)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=with_it)
+    assert done.returncode == 0, done.stderr
+    (row,) = logged(out)
+    weighed = 0.5 * row["rewards/brevity/mean"] + row["rewards/sharp/mean"]
+    assert row["reward"] == pytest.approx(weighed, abs=1e-4)
+    assert row["rewards/sharp/mean"] == pytest.approx(-row["signal/latent_entropy"], abs=1e-4)
 
 
 def test_without_the_package_it_is_not_there() -> None:

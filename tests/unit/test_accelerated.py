@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,3 +66,28 @@ def test_accelerate_reads_the_configs(name: str) -> None:
 
 def test_the_configs_are_all_tested() -> None:
     assert sorted(path.stem for path in CONFIGS.iterdir()) == sorted(NAMES)
+
+
+def test_the_process_that_relaunches_has_not_imported_torch() -> None:
+    code = (
+        "import os, sys\n"
+        "os.execv = lambda file, words: (print('torch' in sys.modules, *words[1:3]), sys.exit(5))\n"
+        "from rl_lvr.cli import main\n"
+        "main(['grpo', '--accelerate_config', 'zero3', '--config', 'my.yaml'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.split()) == (5, ["False", "-m", "rl_lvr.accelerated"]), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("ending", "code"), [("sys.exit(0)", 0), ("sys.exit(7)", 7), ("os.kill(os.getpid(), 15)", 143)]
+)
+def test_the_exit_code_is_that_of_the_processes(tmp_path: Path, ending: str, code: int) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(f"import os, sys\nprint('rank', os.environ['RANK'], *sys.argv[1:])\n{ending}\n")
+    words = ["--config_file", str(CONFIGS / "ddp.yaml"), "--num_processes", "2", str(script), "--x", "1"]
+    done = subprocess.run([sys.executable, "-m", "rl_lvr.accelerated", *words], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    if code == 0:
+        assert sorted(done.stdout.splitlines()) == ["rank 0 --x 1", "rank 1 --x 1"]
