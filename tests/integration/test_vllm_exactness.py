@@ -5,7 +5,6 @@ Real vLLM, one process, a tiny model with images. Every condition is seen to ari
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -17,14 +16,18 @@ from vllm_conditions import (
     ROOMY,
     TIGHT,
     alone,
+    changed,
+    counters,
     eyes,
     five_requests,
     forced_async,
+    forget,
     identical,
     latent_state,
     scheduler,
     start,
     victims,
+    without_restoring,
 )
 
 from rl_lvr.latents.format import get_format
@@ -80,10 +83,6 @@ def truth(engines, requests):
     assert (seen.chunks, seen.cached, seen.resumed) == (0, 0, 0)
     assert sum(len(r.latents) for r in rollouts[NOISY]) > 20
     return rollouts
-
-
-def without_restoring(patch):
-    patch.setattr(LatentModelState, "_write_planted", lambda self, embeds, batch: None)
 
 
 # ---- continuous batching
@@ -158,6 +157,34 @@ def test_control_nothing_restored_under_async_scheduling(async_engine, requests,
     without_restoring(monkeypatch)
     async_engine.llm.reset_prefix_cache()
     assert not identical(async_engine.generate(requests, NOISY), truth[NOISY])
+
+
+# ---- an engine in a process of its own
+
+
+@pytest.fixture(scope="module")
+def apart(rig):
+    """As vLLM starts by itself: its scheduler and its worker live in a process of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        engine = start(rig, FORMAT, TIGHT, cache=True)
+    yield engine
+    engine.close()
+
+
+def test_an_engine_in_a_process_of_its_own(apart, rig, requests, truth):
+    assert not hasattr(apart.llm.llm_engine.engine_core, "engine_core")
+    before = counters(apart)
+    rollouts = {sampling: apart.generate(requests, sampling) for sampling in (GREEDY, NOISY)}
+    assert counters(apart)["resumed"] > before["resumed"]
+    assert all(identical(rollouts[sampling], truth[sampling]) for sampling in rollouts)
+    with changed(rig.model):
+        apart.sync_weights(rig.model)
+    assert not identical(apart.generate(requests, GREEDY), truth[GREEDY])
+    apart.sync_weights(rig.model)
+    assert identical(apart.generate(requests, GREEDY), truth[GREEDY])
+    (worker,) = apart.llm.collective_rpc("latent_status")
+    assert worker["tables"] == {"live": 0, "preempted": 0, "finished": 0}
 
 
 # ---- prefix cache
@@ -242,20 +269,6 @@ def test_control_a_slot_that_remembers_who_was_aborted(engines, requests, truth,
 # ---- weights and sleep
 
 
-@contextmanager
-def changed(model):
-    """The model with other keys in its first layer."""
-    weight = model.model.language_model.layers[0].self_attn.k_proj.weight
-    before = weight.detach().clone()
-    try:
-        with torch.no_grad():
-            weight.neg_()
-        yield model
-    finally:
-        with torch.no_grad():
-            weight.copy_(before)
-
-
 def test_weights_that_change_between_batches(engines, rig, requests, truth, longer):
     cached = engines("cached")
     before = cached.generate(longer, GREEDY)
@@ -286,13 +299,6 @@ def test_sleep_and_wake(engines, requests, truth):
     cached.sleep()
     cached.wake()
     assert identical(cached.generate(requests, NOISY), truth[NOISY])
-
-
-def forget(state):
-    """What a deep sleep leaves of device memory on a GPU (on a CPU vLLM does not sleep at all): anything."""
-    tables = [*vars(state.tables).values(), *vars(state.tables.span).values(), state._banned, state._pairs]
-    for tensor in (table for table in tables if isinstance(table, torch.Tensor)):
-        tensor.fill_(float("nan") if tensor.is_floating_point() else 1)
 
 
 def test_nothing_on_the_device_has_to_outlive_a_deep_sleep(engines, rig, requests, truth):
