@@ -39,21 +39,21 @@ def run(args: argparse.Namespace) -> int:
         rollouts = rollouts[: args.limit]
     if not rollouts:
         raise UserError(f"{args.folder} holds no rollouts" + ("." if args.step is None else f" of step {args.step}."))
+    count, chosen = len(rollouts), range(len(rollouts))
     if args.index is not None:
-        if not -len(rollouts) <= args.index < len(rollouts):
-            raise UserError(f"--index {args.index} is outside: there are {len(rollouts)} rollouts.")
-        at = args.index % len(rollouts)
-        rollouts = rollouts[at : at + 1]
+        if not -count <= args.index < count:
+            raise UserError(f"--index {args.index} is outside: there are {count} rollouts.")
+        chosen = chosen[args.index % count :][:1]
     if args.json:
         from dataclasses import asdict
 
-        for rollout in rollouts:
-            print(json.dumps(asdict(rollout)))
-    elif sys.stdout.isatty() and sys.stdin.isatty() and len(rollouts) > 1:
+        for number in chosen:
+            print(json.dumps(asdict(rollouts[number])))
+    elif sys.stdout.isatty() and sys.stdin.isatty() and len(chosen) > 1:
         _page(rollouts)
     else:
-        for number, rollout in enumerate(rollouts):
-            print(_shown(rollout, number, len(rollouts)) + "\n")
+        for number in chosen:
+            print(_shown(rollouts[number], number, count) + "\n")
     return 0
 
 
@@ -96,6 +96,11 @@ def _shown(rollout: RecordedRollout, number: int, count: int) -> str:
         lines.append(f"span        tokens {begin} to {stop}, {span.get('latents')} latents, {span.get('status')}")
     lines += [f"reward      {name} {_value(value)}" for name, value in rollout.rewards.items()]
     lines += [f"signal      {name} {_value(value)}" for name, value in rollout.signals.items()]
+    columns = dict(rollout.columns)
+    without = columns.pop("necessity_completions", None)
+    if without is not None:
+        lines += _block("no latents", plain_text(without))
+    lines += [f"column      {name} {_value(value)}" for name, value in columns.items() if value is not None]
     return printable("\n".join(lines))
 
 

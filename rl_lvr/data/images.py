@@ -156,8 +156,10 @@ class ImageRef:
                 raise ImageError(f"{label} is truncated or damaged ({error})", "write or download it again") from error
         if turned.has_transparency_data:
             layer = turned.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-        return turned.convert("RGB")
+            turned = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+        shown = turned.convert("RGB")
+        shown.filename = self.name  # where Pillow itself keeps it: records of rollouts name the file
+        return shown
 
 
 def _shown_size(image: Image.Image) -> tuple[int, int]:

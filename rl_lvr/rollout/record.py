@@ -106,8 +106,6 @@ def recorded(rollout: Rollout, tokenizer: Any, markers: FormatIds, **known: Any)
     from rl_lvr.rollout.readable import readable
 
     said = {
-        "prompt": tokenizer.decode(rollout.prompt_ids, skip_special_tokens=True),
-        "completion": tokenizer.decode(rollout.completion_ids, skip_special_tokens=True),
         "marked": readable(rollout, tokenizer, markers),
         "prompt_ids": list(rollout.prompt_ids),
         "completion_ids": list(rollout.completion_ids),
@@ -116,6 +114,9 @@ def recorded(rollout: Rollout, tokenizer: Any, markers: FormatIds, **known: Any)
         "seed": rollout.seed,
         "sigma": rollout.sigma,
     }
+    for name, ids in (("prompt", rollout.prompt_ids), ("completion", rollout.completion_ids)):
+        if name not in known:
+            said[name] = tokenizer.decode(ids, skip_special_tokens=True)
     return RecordedRollout(**said | known)
 
 

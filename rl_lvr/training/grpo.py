@@ -7,20 +7,22 @@ Without a latent format every override hands over to TRL untouched. Rollouts are
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from trl.models.utils import unwrap_model_for_generation
 
 from rl_lvr.errors import UserError
 from rl_lvr.latents.batch import LatentBatch
 from rl_lvr.latents.feedback import NAME as FEEDBACK
 from rl_lvr.latents.feedback import attach_feedback
 from rl_lvr.latents.format import FormatIds, LatentFormat
-from rl_lvr.latents.inject import unwrapped
+from rl_lvr.latents.inject import sharded, unwrapped
+from rl_lvr.latents.interventions import Intervention
 from rl_lvr.models import family_of
 from rl_lvr.rollout.forward import evaluating
 from rl_lvr.rollout.hf import HFRolloutEngine
@@ -28,8 +30,9 @@ from rl_lvr.rollout.record import FOLDER, RolloutLog
 from rl_lvr.rollout.types import Capability, RolloutEngine, Sampling, latent_batch
 from rl_lvr.signals import parse_signals
 from rl_lvr.training.grpo_checks import CheckedGRPO, check_settings
-from rl_lvr.training.grpo_columns import made_columns, record, require_columns
+from rl_lvr.training.grpo_columns import has_span, made_columns, record, require_columns
 from rl_lvr.training.grpo_config import LatentGRPOConfig
+from rl_lvr.training.grpo_idle import Kept, drops_idle
 from rl_lvr.training.grpo_inputs import processed_once
 from rl_lvr.training.grpo_pass import FedModel, own_latents
 from rl_lvr.training.grpo_turn import Turn, build_requests, request_seed
@@ -79,11 +82,13 @@ class LatentGRPOTrainer(CheckedGRPO):
         )
         self._turn: Turn | None = None
         self._feed: LatentBatch | None = None
+        self._kept: Kept | None = None
         self._fed: FedModel | None = None
         self._parity_known = not args.parity_check
         self._synced_step = -1
         self._turns: dict[str, tuple[int, int]] = {}
         if latent_format is not None:
+            self._drops_idle = drops_idle(args, router_loss=self.aux_loss_enabled)
             self._prepare(latent_format, engine)
 
     def _without_latents(self, engine: RolloutEngine | None) -> None:
@@ -108,6 +113,11 @@ class LatentGRPOTrainer(CheckedGRPO):
                 f"the engine {type(engine).__name__} keeps the weights that it was started with, so the trainer would "
                 "learn from rollouts of an old model: use the engine vllm or hf."
             )
+        if isinstance(engine, HFRolloutEngine) and sharded(self.model) and not config.ds3_gather_for_generation:
+            raise UserError(
+                "under ZeRO-3 the engine hf decodes on gathered weights: leave ds3_gather_for_generation on, or use "
+                "the engine vllm."
+            )
         self._guard_engine(engine)
         self.sampling = Sampling(
             max_tokens=config.max_completion_length,
@@ -119,6 +129,12 @@ class LatentGRPOTrainer(CheckedGRPO):
             sigma=config.latent_sigma,
             noise=config.law or "gaussian",
         )
+        self._rolls_out_again = any("necessity_completions" in spec.takes for spec in self.specs)
+        if self._rolls_out_again and Capability.INTERVENTIONS not in engine.capabilities:
+            raise UserError(
+                f"the engine {type(engine).__name__} cannot leave latents out, which a reward that takes "
+                "necessity_completions needs: use the engine hf or vllm, or leave the reward out."
+            )
         needed = Capability.SPHERICAL_NOISE if config.law == "spherical" else Capability.NOISE
         if config.latent_sigma and needed not in engine.capabilities:
             raise UserError(f"the engine draws no {self.sampling.noise} noise: use the engine hf, or another policy.")
@@ -157,7 +173,8 @@ class LatentGRPOTrainer(CheckedGRPO):
         assert self._turn is not None
         self._heed()
         if self._synced_step != self.state.global_step:
-            self._ask("did not take over the weights", lambda: self.engine.sync_weights(self.model))
+            with self._phase("generate"):
+                self._ask("did not take over the weights", lambda: self.engine.sync_weights(self.model))
             self._synced_step = self.state.global_step
         mode, first = self._mode, self.accelerator.process_index * len(prompt_ids)
         step, number = self.state.global_step, self._next_turn()
@@ -167,16 +184,41 @@ class LatentGRPOTrainer(CheckedGRPO):
 
         turn = self._turn
         turn.requests = build_requests(self.family, prompt_ids, images, multimodal_fields, seed)
-        sampling = self.sampling if mode == "train" else replace(self.sampling, sigma=0.0)
-        with torch.no_grad(), self.accelerator.autocast():
-            turn.rollouts = self._ask("failed", lambda: self._completed(turn.requests, sampling))
+        turn.sampling = sampling = self.sampling if mode == "train" else replace(self.sampling, sigma=0.0)
+        with torch.no_grad(), self.accelerator.autocast(), self._whole_weights():
+            with self._phase("generate"):
+                turn.rollouts = self._rollouts(turn.requests, sampling)
             turn.excluded = self._excluded(turn.rollouts)
             self._check_parity(turn, sampling)
-        self._heed()
         return (
             [list(rollout.completion_ids) for rollout in turn.rollouts],
             [rollout.logprobs.tolist() for rollout in turn.rollouts],
         )
+
+    def _whole_weights(self) -> AbstractContextManager[Any]:
+        """For the engine that shares the model. Its processes decode different numbers of tokens, and under ZeRO-3
+        every forward would wait for all of them; as for TRL's own generation, weights are gathered before instead.
+        """
+        if not (isinstance(self.engine, HFRolloutEngine) and sharded(self.model)):
+            return nullcontext()
+        return unwrap_model_for_generation(self.model_wrapped, self.accelerator)
+
+    def _roll_out_again(self, turn: Turn) -> list[str | None]:
+        """The text of each completion with a span, made anew from its seed with an empty pair for every span: the same
+        up to the first one, for draws are keyed. None without a span."""
+        assert self.markers is not None
+        wanted = [row for row, rollout in enumerate(turn.rollouts) if has_span(rollout, self.markers)]
+        texts: list[str | None] = [None] * len(turn.rollouts)
+        anywhere = self.accelerator.gather(torch.tensor([len(wanted)], device=self.accelerator.device))
+        if bool(anywhere.any()):
+            # A process without any span makes one rollout for nothing: what is gathered for it, all must ask for.
+            requests = [replace(turn.requests[row], intervention=Intervention.SKIP) for row in wanted or [0]]
+            with torch.no_grad(), self.accelerator.autocast(), self._whole_weights(), self._phase("generate"):
+                made = self._rollouts(requests, turn.sampling)
+            ids = [list(rollout.completion_ids) for rollout in made[: len(wanted)]]
+            for row, text in zip(wanted, self._tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
+                texts[row] = text
+        return texts
 
     def _next_turn(self) -> int:
         """How often rollouts were made at this step before: a step may take several generation batches."""
@@ -252,11 +294,17 @@ class LatentGRPOTrainer(CheckedGRPO):
             )
         start = input_ids.shape[1] - logits_to_keep
         scores = turn is not None and turn.latents is None
+        kept = self._kept if turn is None else None
         if turn is not None:
             latents = turn.carrier(start, input_ids.device) if turn.latents is None else turn.latents
+            batch_size = self.args.scoring_batch or batch_size
         else:
             assert self._feed is not None
             latents = self._feed
+        if kept is not None:
+            latents = latents.select(kept.rows)
+            input_ids, attention_mask = input_ids[kept.rows], attention_mask[kept.rows]
+            others = kept.select(others)
         self._fed = fed = FedModel(
             model,
             latents,
@@ -269,10 +317,16 @@ class LatentGRPOTrainer(CheckedGRPO):
             images_per_row=others.get("num_images"),
         )
         others.pop("batch_num_images", None)  # the parent's signature lacks LLaVA-OneVision's; the pass makes it anew
-        with evaluating(model) if scores else nullcontext():
+        self._note_work("loss" if turn is None else "score", attention_mask, logits_to_keep)
+        with (
+            self._phase("score") if turn is not None else nullcontext(),
+            evaluating(model) if scores else nullcontext(),
+        ):
             result = super()._get_per_token_logps_and_entropies(
                 fed, input_ids, attention_mask, logits_to_keep, batch_size, **others
             )
+        if kept is not None:
+            result = (*kept.spread_pass(*result[:2]), result[2])
         if turn is not None and scores:
             turn.latents, turn.old_means, turn.columns = latents, fed.means, fed.columns
             self._check_replay(turn, result[0], attention_mask)
@@ -294,28 +348,45 @@ class LatentGRPOTrainer(CheckedGRPO):
         size = self.num_generations if mode == "train" else self.num_generations_eval
         first = self.accelerator.process_index * len(prompts)
         groups = [(first + row) // size for row in range(len(prompts))]
-        columns = made_columns(self.specs, turn.rollouts, self.markers, groups)
+        if self._rolls_out_again:
+            turn.again = self._roll_out_again(turn)
+        columns = made_columns(self.specs, turn, self.markers, groups)
         columns |= {name: column.values for name, column in turn.columns.items()}
         clash = sorted(set(columns) & set(inputs[0]))
         if clash:
             raise UserError(f"the data has a column {clash[0]!r}, which the trainer makes itself: rename it.")
         rows = [{**row, **{name: values[i] for name, values in columns.items()}} for i, row in enumerate(inputs)]
-        rewards = self._without_errors(super()._calculate_rewards(rows, prompts, completions, completion_ids_list))
+        with self._phase("reward"):
+            rewards = self._without_errors(super()._calculate_rewards(rows, prompts, completions, completion_ids_list))
+        if self.log_completions:
+            self._log_completion_extra("latents", [len(rollout.latent_positions) for rollout in turn.rollouts])
+            for name, column in turn.columns.items():
+                self._log_completion_extra(f"signal/{name}", column.values)
         for name, column in turn.columns.items():
             known = [v for v, count in zip(column.values, column.counts, strict=True) if count and isinstance(v, float)]
             self._add_mean(mode, f"signal/{name}", sum(known), len(known))
         if mode == "train" and self.args.record_rollouts:
             mine = rewards[first : first + len(prompts)].tolist()
-            self._record(turn, inputs, mine, groups)
+            self._record(turn, inputs, prompts, completions, mine, groups)
         excluded = self.accelerator.gather(torch.tensor(turn.excluded, device=rewards.device))
         return rewards.masked_fill(excluded[:, None], torch.nan)  # TRL leaves them out of their group's mean and std
 
-    def _record(self, turn: Turn, inputs: list[dict[str, Any]], rewards: list[list[float]], groups: list[int]) -> None:
+    def _record(
+        self,
+        turn: Turn,
+        inputs: list[dict[str, Any]],
+        prompts: Any,
+        completions: Any,
+        rewards: list[list[float]],
+        groups: list[int],
+    ) -> None:
         if self._rollout_log is None:
             folder = Path(self.args.output_dir) / FOLDER
             self._rollout_log = RolloutLog(folder, self.accelerator.process_index)
         assert self.markers is not None
-        rows = record(turn, inputs, rewards, groups, [spec.name for spec in self.specs], self._tokenizer, self.markers)
+        names = [spec.name for spec in self.specs]
+        said = list(zip(prompts, completions, strict=True))
+        rows = record(turn, inputs, said, rewards, groups, names, self._tokenizer, self.markers)
         self._rollout_log.append(self.state.global_step, rows, latent_batch(turn.rollouts))
 
     # ---- loss
@@ -324,32 +395,40 @@ class LatentGRPOTrainer(CheckedGRPO):
         """The parent scores `input_ids` with a fixed list of arguments; the latents of this micro-batch wait here."""
         if self.markers is None:
             return self._checked_loss(super()._compute_loss(model, inputs))
+        mode = self._mode
         self._feed = LatentBatch.from_tensors(inputs)
+        self._kept = kept = Kept.of(inputs) if self._drops_idle and mode == "train" else None
         try:
             loss: Tensor = super()._compute_loss(model, inputs)
         finally:
-            self._feed = None
-        mode, fed = self._mode, self._fed
+            self._feed = self._kept = None
+        if kept is not None:
+            self._add_mean(mode, "frac_dropped", float((~kept.mask).sum()), len(kept.mask))
+        fed = self._fed
         assert fed is not None
         if self.args.latent_policy == "unrolled":
             self._add_max(mode, "latent/unroll_difference", fed.unroll_difference)
         if self.args.law is not None:
-            loss = loss + self._latent_term(fed, inputs, mode)
+            loss = loss + self._latent_term(fed, kept, inputs, mode)
         self._fed = None
         return self._checked_loss(loss)
 
-    def _latent_term(self, fed: FedModel, inputs: Mapping[str, Any], mode: str) -> Tensor:
+    def _latent_term(self, fed: FedModel, kept: Kept | None, inputs: Mapping[str, Any], mode: str) -> Tensor:
         latents = LatentBatch.from_tensors(dict(inputs))
         start = inputs["prompt_ids"].shape[1]
-        kept = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        real = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
         chosen = own_latents(latents, start) & (latents.sigma > 0)[:, None]
-        chosen = chosen & kept.gather(1, latents.positions.clamp(min=0)).bool()
+        chosen = chosen & real.gather(1, latents.positions.clamp(min=0)).bool()
         chosen = chosen & inputs["tool_mask"].bool().any(1, keepdim=True)  # not of a rollout that is left out
+        means = fed.means
+        if kept is not None:
+            chosen = chosen & kept.mask[:, None]
+            means = kept.spread(means, torch.zeros_like(latents.values))
         actions = LatentActions(
             values=latents.values,
             chosen=chosen,
             sigma=latents.sigma,
-            means=fed.means,
+            means=means,
             old_means=inputs["latent_old_means"],
             reference_means=inputs.get("latent_reference_means"),
             advantages=inputs["advantages"],

@@ -15,15 +15,15 @@ from rl_lvr.latents.format import LatentFormat
 from rl_lvr.rollout.replay import check_parity
 from rl_lvr.rollout.types import Sampling
 from rl_lvr.training.grpo_config import LatentGRPOConfig
-from rl_lvr.training.grpo_guard import GuardedGRPO
 from rl_lvr.training.grpo_pass import own_latents
+from rl_lvr.training.grpo_phases import TimedGRPO
 from rl_lvr.training.grpo_turn import Turn, replay_difference, require_agreement
 
 PARITY_ROWS = 4
 _log = logging.getLogger(__name__)
 
 
-class CheckedGRPO(GuardedGRPO):
+class CheckedGRPO(TimedGRPO):
     """The parts of `LatentGRPOTrainer` that check and count."""
 
     args: LatentGRPOConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rl_lvr.errors import UserError
@@ -20,45 +20,52 @@ _TAKEN = ("prompt", "image", "images", "answer", "category")
 def require_columns(specs: Sequence[RewardSpec], *, without_latents: bool = False) -> None:
     """Refuse rewards that read what this trainer does not make."""
     for spec in specs:
-        if "necessity_completions" in spec.takes:
-            raise UserError(
-                f"reward {spec.name!r} needs rollouts without latents, which GRPO does not make: leave it out."
-            )
         wanted = sorted(spec.takes & set(MADE_BY_TRAINER))
         if without_latents and wanted:
             raise UserError(f"reward {spec.name!r} reads {wanted[0]!r}, which is made with a latent format only.")
 
 
 def made_columns(
-    specs: Sequence[RewardSpec], rollouts: Sequence[Rollout], markers: FormatIds, groups: Sequence[int]
+    specs: Sequence[RewardSpec], turn: Turn, markers: FormatIds, groups: Sequence[int]
 ) -> dict[str, list[Any]]:
     """Those of `MADE_BY_TRAINER` that some reward takes."""
     wanted = {name for spec in specs for name in spec.takes}
     columns: dict[str, list[Any]] = {}
     if "spans" in wanted:
-        columns["spans"] = [span_facts(rollout, markers) for rollout in rollouts]
+        columns["spans"] = [span_facts(rollout, markers) for rollout in turn.rollouts]
     if "group" in wanted:
         columns["group"] = list(groups)
     if "stop_reason" in wanted:
-        columns["stop_reason"] = [rollout.stop_reason.value for rollout in rollouts]
+        columns["stop_reason"] = [rollout.stop_reason.value for rollout in turn.rollouts]
+    if turn.again is not None:
+        columns["necessity_completions"] = turn.again
     return columns
+
+
+def has_span(rollout: Rollout, markers: FormatIds) -> bool:
+    """Whether the completion holds a span, closed or not."""
+    return any(fact["status"] != "stray" for fact in span_facts(rollout, markers))
 
 
 def record(
     turn: Turn,
     inputs: Sequence[dict[str, Any]],
+    said: Sequence[tuple[Any, Any]],
     rewards: Sequence[Sequence[float]],
     groups: Sequence[int],
     names: Sequence[str],
     tokenizer: Any,
     markers: FormatIds,
 ) -> list[RecordedRollout]:
-    """What is known about each rollout. `rewards` [B][R], NaN where not scored."""
+    """What is known about each rollout. `said`: prompt and completion as rewards see them; `rewards` [B][R], NaN where
+    not scored."""
     return [
         recorded(
             rollout,
             tokenizer,
             markers,
+            prompt=_without_images(said[row][0]),
+            completion=said[row][1],
             group=groups[row],
             answer=_text(inputs[row].get("answer")),
             category=_text(inputs[row].get("category")),
@@ -66,14 +73,37 @@ def record(
                 name: None if math.isnan(value) else value for name, value in zip(names, rewards[row], strict=True)
             },
             signals={name: column.values[row] for name, column in turn.columns.items()},
-            columns={name: value for name, value in inputs[row].items() if name not in _TAKEN and _plain(value)},
+            images=_paths(inputs[row]),
+            columns={name: value for name, value in inputs[row].items() if name not in _TAKEN and _plain(value)}
+            | ({} if turn.again is None else {"necessity_completions": turn.again[row]}),
         )
         for row, rollout in enumerate(turn.rollouts)
     ]
 
 
+def _without_images(prompt: Any) -> Any:
+    """Messages whose image parts say only that an image stands there."""
+    if isinstance(prompt, str):
+        return prompt
+    return [
+        message
+        if isinstance(message["content"], str)
+        else {
+            **message,
+            "content": [{k: part[k] for k in ("type", "text") if k in part} for part in message["content"]],
+        }
+        for message in prompt
+    ]
+
+
 def _text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
+
+
+def _paths(row: Mapping[str, Any]) -> list[str]:
+    """Files that the row's images were opened from; images made in memory have none."""
+    images = row.get("images") or [row.get("image")]
+    return [str(path) for image in images if (path := getattr(image, "filename", None))]
 
 
 def _plain(value: Any) -> bool:

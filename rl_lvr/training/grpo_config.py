@@ -60,6 +60,18 @@ class LatentGRPOConfig(RolloutSettings, Defaults, GRPOConfig):
         },
     )
     rollout_batch: int = field(default=16, metadata={"help": "Rows that the engine hf decodes together."})
+    scoring_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows per forward of the scoring and reference passes. Default: per_device_train_batch_size."
+        },
+    )
+    drop_idle_groups: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Leave rows without an advantage out of the policy pass. Default: wherever that changes nothing."
+        },
+    )
     record_rollouts: bool = field(default=True, metadata={"help": "Write rollouts below output_dir/rollouts."})
 
     def __post_init__(self) -> None:
@@ -76,6 +88,8 @@ class LatentGRPOConfig(RolloutSettings, Defaults, GRPOConfig):
             raise UserError(f"replay_tolerance is {self.replay_tolerance}; it must be above 0.")
         if self.rollout_batch < 1:
             raise UserError(f"rollout_batch is {self.rollout_batch}; it must be at least 1.")
+        if self.scoring_batch is not None and self.scoring_batch < 1:
+            raise UserError(f"scoring_batch is {self.scoring_batch}; it must be at least 1.")
         self._check_policy()
         self.check_faults()
         settle_device(self)

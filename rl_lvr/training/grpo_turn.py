@@ -16,7 +16,7 @@ from rl_lvr.latents.batch import LatentBatch
 from rl_lvr.latents.density import Law, explore
 from rl_lvr.latents.noise import keyed_normal
 from rl_lvr.models import Family
-from rl_lvr.rollout.types import Request, Rollout, latent_batch
+from rl_lvr.rollout.types import Request, Rollout, Sampling, latent_batch
 from rl_lvr.signals import Column
 from rl_lvr.training.grpo_pass import own_latents
 
@@ -27,6 +27,8 @@ class Turn:
 
     requests: list[Request] = field(default_factory=list)
     rollouts: list[Rollout] = field(default_factory=list)
+    sampling: Sampling = field(default_factory=Sampling)
+    """How they were drawn."""
     excluded: list[bool] = field(default_factory=list)
     """Which rollouts are left out of the loss and of their group."""
     latents: LatentBatch | None = None
@@ -34,6 +36,8 @@ class Turn:
     old_means: Tensor | None = None
     columns: dict[str, Column] = field(default_factory=dict)
     reference_means: Tensor | None = None
+    again: list[str | None] | None = None
+    """What came of the same prompts and seeds without latents, where a reward asks for it."""
 
     def carrier(self, start: int, device: torch.device) -> LatentBatch:
         """The latents, positions counted in ids whose prompts are padded on the left to `start` tokens."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from grpo_cases import LVR, MONET, SIGMAS, logged, make_trainer, opening, rows
+from grpo_cases import LOSSES, LVR, MONET, SIGMAS, generation, gradients, logged, make_trainer, opening
 from peft import LoraConfig
 from torch import Tensor
 
@@ -16,18 +16,6 @@ from rl_lvr.errors import UserError
 from rl_lvr.latents.batch import LatentBatch
 from rl_lvr.training.grpo import LatentGRPOTrainer
 from rl_lvr.training.grpo_pass import own_latents
-
-LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
-
-
-def generation(trainer: Any) -> dict[str, Any]:
-    return trainer._generate_and_score_completions([dict(row) for row in rows()])
-
-
-def gradients(trainer: Any, made: dict[str, Any]) -> dict[str, Tensor]:
-    trainer.model.zero_grad()
-    trainer._compute_loss(trainer.model, {**made}).backward()
-    return {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("policy", ["context", "unrolled", "gaussian", "spherical"])

@@ -173,7 +173,7 @@ def test_show_prints_plain_lines_where_there_is_no_terminal(run: Path, capsys: p
 
 def test_show_picks_one_or_all_as_json(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["rollouts", "show", str(run), "--index", "-1"]) == 0
-    assert capsys.readouterr().out.startswith("rollout 0 of 1, step 8")
+    assert capsys.readouterr().out.startswith("rollout 3 of 4, step 8")
     assert main(["rollouts", "show", str(run), "--json", "--limit", "3"]) == 0
     assert [json.loads(line)["step"] for line in capsys.readouterr().out.splitlines()] == [3, 3, 8]
     for flags, problem in (
