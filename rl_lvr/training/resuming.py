@@ -167,12 +167,9 @@ class Resumable(Trainer):
         path = checkpoint / f"moment-{self.args.process_index:05d}.json"
         written = len(list(checkpoint.glob("moment-*.json")))
         if written != self.args.world_size:
+            what = f"is of {written} processes, not {self.args.world_size}" if written else "holds nothing but weights"
             if self.is_world_process_zero():
-                print(
-                    f"{checkpoint} was written by {written} processes and is resumed by {self.args.world_size}: "
-                    "the run goes on, but not as it would have gone on there",
-                    file=sys.stderr,
-                )
+                print(f"{checkpoint} {what}: the run goes on, but not as it would have there", file=sys.stderr)
             return
         counters = json.loads(path.read_text(encoding="utf-8"))
         self._take(Moment(counters, self.state.num_input_tokens_seen, self._load_buffer(checkpoint), {}))

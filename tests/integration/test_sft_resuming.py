@@ -119,3 +119,15 @@ def test_the_best_model_is_loaded_whole(place: Path, tmp_path: Path) -> None:
     assert best.name != "checkpoint-3"
     assert same(out, best)
     assert not same(out, out / "checkpoint-3")
+
+
+def test_a_loss_that_is_no_number_stops_the_run_before_the_update(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    settings = {"learning_rate": 1e30, "lr_scheduler_type": "constant", "max_steps": 4}  # the first update ruins it
+    assert sft(place / "model", place / "data", out, **settings) == 1
+    assert "is no finite number after step 1 of 4" in capsys.readouterr().err
+    assert [folder.name for folder in out.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert sft(place / "model", place / "data", tmp_path / "skips", on_nan_loss="skip", **settings) == 0
+    assert same(tmp_path / "skips", out / "checkpoint-1")
