@@ -63,6 +63,10 @@ def path_error(text: str) -> ImageError | None:
     return None
 
 
+SOURCE = "source"
+"""Key of the name of an image in the `info` of what `ImageRef.open` decoded."""
+
+
 @dataclass(frozen=True)
 class ImageRef:
     """An image: `data` if the bytes are at hand, else the file `name` below `root`.
@@ -158,7 +162,7 @@ class ImageRef:
             layer = turned.convert("RGBA")
             turned = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
         shown = turned.convert("RGB")
-        shown.filename = self.name  # where Pillow itself keeps it: records of rollouts name the file
+        shown.info[SOURCE] = self.name  # no `filename`: `datasets` would store that path in place of the picture
         return shown
 
 

@@ -185,9 +185,8 @@ class LatentGRPOTrainer(CheckedGRPO):
         turn = self._turn
         turn.requests = build_requests(self.family, prompt_ids, images, multimodal_fields, seed)
         turn.sampling = sampling = self.sampling if mode == "train" else replace(self.sampling, sigma=0.0)
-        with torch.no_grad(), self.accelerator.autocast(), self._whole_weights():
-            with self._phase("generate"):
-                turn.rollouts = self._rollouts(turn.requests, sampling)
+        with torch.no_grad(), self.accelerator.autocast(), self._phase("generate"), self._whole_weights():
+            turn.rollouts = self._rollouts(turn.requests, sampling)
             turn.excluded = self._excluded(turn.rollouts)
             self._check_parity(turn, sampling)
         return (
@@ -213,7 +212,7 @@ class LatentGRPOTrainer(CheckedGRPO):
         if bool(anywhere.any()):
             # A process without any span makes one rollout for nothing: what is gathered for it, all must ask for.
             requests = [replace(turn.requests[row], intervention=Intervention.SKIP) for row in wanted or [0]]
-            with torch.no_grad(), self.accelerator.autocast(), self._whole_weights(), self._phase("generate"):
+            with torch.no_grad(), self.accelerator.autocast(), self._phase("generate"), self._whole_weights():
                 made = self._rollouts(requests, turn.sampling)
             ids = [list(rollout.completion_ids) for rollout in made[: len(wanted)]]
             for row, text in zip(wanted, self._tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):

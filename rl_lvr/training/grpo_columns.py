@@ -7,6 +7,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from PIL.Image import Image
+
+from rl_lvr.data.images import SOURCE
 from rl_lvr.errors import UserError
 from rl_lvr.latents.format import FormatIds
 from rl_lvr.rollout.record import RecordedRollout, recorded, span_facts
@@ -103,7 +106,8 @@ def _text(value: Any) -> str | None:
 def _paths(row: Mapping[str, Any]) -> list[str]:
     """Files that the row's images were opened from; images made in memory have none."""
     images = row.get("images") or [row.get("image")]
-    return [str(path) for image in images if (path := getattr(image, "filename", None))]
+    known = [image.info.get(SOURCE) or getattr(image, "filename", "") for image in images if isinstance(image, Image)]
+    return [str(path) for path in known if path]
 
 
 def _plain(value: Any) -> bool:
