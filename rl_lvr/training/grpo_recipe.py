@@ -8,10 +8,10 @@ from typing import Any
 
 from rl_lvr.errors import UserError
 from rl_lvr.training import settings
+from rl_lvr.training.engines import ENGINES
 from rl_lvr.training.grpo_config import LatentGRPOConfig
 from rl_lvr.training.settings import RunSettings, check_run, require_choice
 
-ENGINES = ("hf", "vllm", "server")
 WITHOUT_EFFECT = settings.WITHOUT_EFFECT | {
     "reward_weights": "every reward has its own weight: docs/rewards.md",
     "log_completions_hub_repo": "nothing is sent anywhere: see output_dir/rollouts",
