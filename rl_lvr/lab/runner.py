@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,13 +33,13 @@ SHOWN = (
 class Child:
     """One command, its output in `log`. Waited for by hand, because `Popen` drops the CPU seconds of the dead."""
 
-    def __init__(self, arguments: Sequence[str], log: Path) -> None:
+    def __init__(self, arguments: Sequence[str], log: Path, variables: Mapping[str, str] | None = None) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log = log
         self.cpu_seconds = 0.0
         # One GPU is enough, and more than one asks for a launcher. A session of its own keeps the terminal's Ctrl-C
         # from the child: `Runner.stop` tells it once, and once means a checkpoint.
-        environment = {"CUDA_VISIBLE_DEVICES": "0", **os.environ}
+        environment = {"CUDA_VISIBLE_DEVICES": "0", **os.environ, **(variables or {})}
         command = [sys.executable, "-m", "rl_lvr.cli", *arguments]
         with log.open("ab") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
@@ -80,10 +80,13 @@ class Stage:
     model: Path
     data: Path
     folder: Path
+    seed: int
     threads: int
     verb: str = "sft"
     settings: dict[str, Any] = field(default_factory=dict)
     """Of the recipe, changed."""
+    variables: dict[str, str] = field(default_factory=dict)
+    """Of its environment."""
     child: Child | None = None
     began: float = 0.0
 
@@ -100,12 +103,12 @@ class Stage:
         recipe = yaml.safe_load((RECIPES / f"{self.recipe}.yaml").read_text(encoding="utf-8"))
         return int(self.settings.get("max_steps") or max_steps or recipe["max_steps"])
 
-    def command(self, seed: int, max_steps: int | None) -> list[str]:
+    def command(self, max_steps: int | None) -> list[str]:
         settings = {
             "model_name_or_path": self.model,
             "train_file": self.data / "train.parquet",
             "output_dir": self.folder,
-            "seed": seed,
+            "seed": self.seed,
             "threads": self.threads,
             **({} if max_steps is None else {"max_steps": max_steps}),
             **self.settings,
@@ -133,9 +136,9 @@ class Stage:
 
     # ---- time
 
-    def begin(self, seed: int, max_steps: int | None) -> None:
+    def begin(self, max_steps: int | None) -> None:
         self.began = time.monotonic()
-        self.child = Child(self.command(seed, max_steps), self.log)
+        self.child = Child(self.command(max_steps), self.log, self.variables)
 
     def note_time(self) -> None:
         """Add this process's seconds to those of the processes before it, which were interrupted."""
@@ -211,25 +214,25 @@ class Runner:
     def pretrained(self, folder: Path, family: str, grid: str, seed: int) -> Path:
         """The pre-trained model of a seed; built and trained below `folder` if it is not there."""
         base = folder / "base"
-        stage = Stage("pretrain", "pretrain", base, self.data("one_hop"), folder / "pretrain", self.cores)
+        stage = Stage("pretrain", "pretrain", base, self.data("one_hop"), folder / "pretrain", seed, self.cores)
         if not (base / "config.json").is_file() and not stage.finished:
             words = ["lab", "build", "--out", str(base), "--family", family, "--grid", grid, "--seed", str(seed)]
             self.call(words, folder / "build.txt", "building the model")
-        self.train(seed, [[stage]])
+        self.train([[stage]])
         return stage.folder
 
     # ---- training and measuring
 
-    def train(
-        self, seed: int, lanes: Sequence[Sequence[Stage]], finished: Callable[[Stage], None] | None = None
-    ) -> None:
+    def train(self, lanes: Sequence[Sequence[Stage]], finished: Callable[[Stage], None] | None = None) -> None:
         """Run lanes beside each other, the stages of a lane one after another, under one bar."""
         stages = [stage for lane in lanes for stage in lane]
         self._stages += stages
         waiting = [list(lane) for lane in lanes]
         running: list[Stage | None] = [None] * len(lanes)
-        left = {stage.name: stage.steps(self.max_steps) for stage in stages}
-        title = f"seed {seed}: {', '.join(left)}"
+        names = {id(stage): stage.name if len(stages) == 1 else f"{stage.name}-{stage.seed}" for stage in stages}
+        left = {id(stage): stage.steps(self.max_steps) for stage in stages}
+        seeds = sorted({stage.seed for stage in stages})
+        title = f"seed {', '.join(map(str, seeds))}: {', '.join(dict.fromkeys(stage.name for stage in stages))}"
         with progress.task(title, total=sum(left.values()), unit="steps") as bar:
             done = dict.fromkeys(left, 0)
             while any(waiting) or any(running):
@@ -238,18 +241,19 @@ class Runner:
                     if stage is None and queue:
                         running[lane] = stage = queue.pop(0)
                         if not stage.finished:
-                            stage.begin(seed, self.max_steps)
+                            stage.begin(self.max_steps)
                     if stage is None:
                         continue
+                    key = id(stage)
                     step, row = stage.step()
-                    bar.advance(max(step - done[stage.name], 0), **{stage.name: _figures(step, row)})
-                    done[stage.name] = step
+                    bar.advance(max(step - done[key], 0), **{names[key]: _figures(step, row)})
+                    done[key] = step
                     if stage.child is None or not stage.child.running:
                         if stage.child is not None:
                             stage.note_time()
                             stage.child.wait(f"training {stage.name}")
                         running[lane] = None
-                        bar.advance(left[stage.name] - done[stage.name])  # it may have stopped early
+                        bar.advance(left[key] - done[key])  # it may have stopped early
                         if finished is not None:
                             finished(stage)
                 time.sleep(0.2)
