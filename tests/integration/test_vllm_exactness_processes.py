@@ -14,6 +14,7 @@ import torch
 from vllm_cases import VLLMRig, thinking
 from vllm_conditions import GREEDY, NOISY, TIGHT, alone, counters, five_requests, forced_async, identical, start
 
+from rl_lvr.errors import UserError
 from rl_lvr.latents.format import get_format
 from rl_lvr.rollout.replay import check_parity
 
@@ -119,3 +120,13 @@ def test_control_nothing_restored_in_the_workers(engine, requests, truth):
     finally:
         engine.llm.collective_rpc(restored_again)
     assert not identical(rollouts, truth)
+
+
+def test_a_plugin_that_did_not_load_in_the_worker_is_noticed(tiny_folder, tmp_path, monkeypatch):
+    """vLLM would serve the stock model without a word. With the plugin the same start succeeds in all other tests."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    monkeypatch.setenv("VLLM_PLUGINS", "somebody_elses")
+    rig = VLLMRig(thinking(tiny_folder, tmp_path, "qwen2"))
+    with pytest.raises(UserError, match="not at work in vLLM's worker 0, which runs Qwen2ForCausalLM"):
+        rig.vllm(get_format("lvr"))
