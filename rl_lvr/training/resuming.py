@@ -211,10 +211,13 @@ class Resumable(Trainer):
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Called once per step, right before the optimizer's; a scaler of fp16 deals with such gradients itself."""
+        """Called once per step, right before the optimizer's. Loss scaling of fp16 skips such a step by itself."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        scaled = self.accelerator.scaler is not None
+        if self.is_deepspeed_enabled:
+            scaled = bool(self.model_wrapped.fp16_enabled())
         finite = norm is None or bool(torch.as_tensor(norm).isfinite())
-        if self.accelerator.scaler is None and not finite and not self._drop_update:
+        if not (finite or scaled or self._drop_update):
             self._no_number("gradient norm")
         if self._drop_update:
             self._drop_update = False

@@ -70,8 +70,8 @@ class Spoiled(LatentGRPOTrainer):
             loss.register_hook(lambda gradient: gradient * torch.nan)
         return loss
 
-    def _latent_term(self, fed: Any, inputs: Any, mode: str) -> Tensor:
-        term = super()._latent_term(fed, inputs, mode)
+    def _latent_term(self, *args: Any) -> Tensor:
+        term = super()._latent_term(*args)
         return term * torch.nan if self.state.global_step == 2 and self.spoils == "loss" else term
 
 
