@@ -9,10 +9,12 @@ from rl_lvr.errors import UserError
 
 def prepare(dtype: torch.dtype) -> None:
     """Make ready for a model of this precision; UserError if the machine cannot run it."""
+    from vllm.model_executor.models import qwen3_vl
     from vllm.v1.sample.ops import topk_topp_sampler
 
-    # Its top-k and top-p kernel does not run in Triton's interpreter; without Triton vLLM filters in torch.
+    # Kernels that Triton's interpreter cannot run, or not in bf16. Without Triton vLLM has torch for them.
     topk_topp_sampler.HAS_TRITON = False
+    qwen3_vl.HAS_TRITON = False
     allow_tiles(dtype)
 
 
