@@ -17,7 +17,7 @@ setup: ## create or refresh .venv (nothing to do: well under two seconds)
 test: setup ## set up, then run every test that this machine can run
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile
 
-demo: setup ## set up, then train and examine the lab's tiny model; SEEDS=3 for three seeds
+demo: setup ## set up, then train and examine the lab's tiny models, GRPO last; SEEDS=3 for three seeds
 	@$(BIN)/rl-lvr lab demo --out runs/demo --seeds $(SEEDS)
 
 bench-gpu: setup ## time the fused operations on this machine's GPU; adds to benchmarks/results.csv

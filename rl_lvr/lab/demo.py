@@ -54,10 +54,18 @@ class _Demo:
     def run_seed(self, seed: int) -> dict[str, Any]:
         """All models and tables of one seed."""
         path = self.out / f"seed-{seed}" / "result.json"
-        if path.is_file():
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return found
-        folder, runner = path.parent, self.runner
+        result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else self._supervised(seed)
+        if "grpo" not in result:
+            clock = time.monotonic()
+            result["grpo"] = self.grpo.run([seed])[0]["policies"][GRPO_POLICY]
+            result["seconds"]["grpo"] = round(time.monotonic() - clock, 1)
+            result["seconds"]["total"] = round(result["seconds"]["total"] + result["seconds"]["grpo"], 1)
+            path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        return result
+
+    def _supervised(self, seed: int) -> dict[str, Any]:
+        """The models of the two sets and the twin without latents."""
+        folder, runner = self.out / f"seed-{seed}", self.runner
         clock = time.monotonic()
         grid = f"{self.config.rows}x{self.config.cols}"
         start = runner.pretrained(folder, self.config.family, grid, seed)
@@ -85,11 +93,9 @@ class _Demo:
 
         runner.train([[diagnostic], [weak, direct]], tables)
         result["diagnostic"]["direct"] = result.pop("direct")
-        result["grpo"] = self.grpo.run([seed])[0]["policies"][GRPO_POLICY]
-        seconds["grpo"] = time.monotonic() - clock
         result["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
         result["seconds"]["total"] = round(time.monotonic() - clock, 1)
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         return result
 
     def summary(self, results: list[dict[str, Any]]) -> dict[str, Any]:

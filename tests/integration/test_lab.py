@@ -21,7 +21,7 @@ from rl_lvr.lab.picture import table
 
 def demo(out: Path, *more: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "rl_lvr.cli", "lab", "demo", "--out", str(out)]
-    command += ["--train", "128", "--test", "16", "--max-steps", "6", *more]
+    command += ["--train", "128", "--test", "16", "--max-steps", "3", *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
@@ -46,7 +46,7 @@ def test_a_demo_that_is_cut_off_goes_on_and_a_third_run_does_nothing(tmp_path: P
     assert alive == []  # no child is left behind
 
     second = demo(out)
-    printed, error = second.communicate(timeout=250)
+    printed, error = second.communicate(timeout=600)
     assert second.returncode == 0, error
     assert (out / "demo.png").stat().st_size > 10_000
     summary = json.loads((out / "summary.json").read_text())
@@ -56,6 +56,8 @@ def test_a_demo_that_is_cut_off_goes_on_and_a_third_run_does_nothing(tmp_path: P
         assert summary[name]["n"] == 16
         assert summary["seeds"][0][name]["own"] == summary[name]["own"]
     assert summary["diagnostic"]["chance"] == pytest.approx(1 / 8)
+    assert set(summary["grpo"]) == {"policy", "own_before", "own_after", "oracle_after", "seconds"}
+    assert (out / "seed-0" / "grpo-unrolled" / "trainer_state.json").is_file()
     assert summary["seconds"]["total"] > 0
     assert table(summary) in printed
 
