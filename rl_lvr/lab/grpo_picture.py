@@ -19,7 +19,7 @@ def table(summary: dict[str, Any]) -> str:
     for row in pairs(summary):
         mass, other = row["attention_mass"], row["with_attention"]
         lines.append(
-            f"attention mass on latents, {row['policy']}, seed {row['seed']}: {mass['without']:.3f} without reward, "
+            f"attention on latents, {row['policy']}, seed {row['seed']}: {mass['without']:.3f} without that reward, "
             f"{mass['with']:.3f} with it (own {row['own_after']:.3f} and {other['own_after']:.3f})"
         )
     engines = summary["engines"]
@@ -70,7 +70,7 @@ def draw(summary: dict[str, Any], path: Path) -> None:
         right.plot((0, 1), (mass["without"], mass["with"]), color=colours[2], marker="o", markersize=4)
     right.set_xticks((0, 1), ("accuracy alone", "and attention"))
     right.set_xlim(-0.4, 1.4)
-    right.set_ylim(bottom=0)
+    right.set_ylim(0, 1.15 * max([0.01, *(value for row in paired for value in row["attention_mass"].values())]))
     right.set_ylabel("attention of the answer on the latents")
     right.set_title(f"The attention reward ({paired[0]['policy']})" if paired else "No attention run", fontsize=11)
     for axis in (left, right):
