@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -56,15 +57,16 @@ def runs(opener: Path, place: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def curve(out: Path, name: str = "loss") -> list[float]:
-    return [row[name] for row in logged(out)]
+    """A figure of every step, NaN where there is none: a signal of latents where no row had any."""
+    return [row.get(name, math.nan) for row in logged(out)]
 
 
 @pytest.mark.parametrize("name", ["ddp", "zero2", "zero3"])
 def test_two_processes_learn_as_one(runs: Path, name: str) -> None:
     for figure in ("loss", "reward", SIGNAL, "latent/rate"):
         assert len(curve(runs / name, figure)) == STEPS
-        assert curve(runs / name, figure) == pytest.approx(curve(runs / "one", figure), abs=1e-4), figure
-    assert max(curve(runs / name, SIGNAL)) > 0
+        assert curve(runs / name, figure) == pytest.approx(curve(runs / "one", figure), abs=1e-4, nan_ok=True), figure
+    assert any(value > 0 for value in curve(runs / name, SIGNAL))
     assert max(curve(runs / name, "latent/rate")) > 0
     assert max(curve(runs / name, "latent/replay_logp_diff")) < 1e-3
     assert curve(runs / "other", "reward") != pytest.approx(curve(runs / "one", "reward")[:3], abs=1e-2)  # control
