@@ -114,7 +114,12 @@ class VLLMRolloutEngine:
         ]
 
     def _run(self, count: int) -> list[Any]:
-        """Step until everything is done; outputs in the order in which the requests were added."""
+        """Step until everything is done, in the engine's own precision whatever a trainer around it has switched on."""
+        with torch.autocast(self.llm.llm_engine.vllm_config.device_config.device_type, enabled=False):
+            return self._finished(count)
+
+    def _finished(self, count: int) -> list[Any]:
+        """Outputs in the order in which the requests were added."""
         engine, outputs = self.llm.llm_engine, []
         with task("generate", count, "requests", visible=self.progress) as bar:
             while engine.has_unfinished_requests():

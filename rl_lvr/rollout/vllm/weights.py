@@ -194,11 +194,11 @@ def _gathered(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]
     spread: list[Any] = [p for p in parameters if hasattr(p, "ds_id")]
     if not spread:
         return nullcontext()
+    import deepspeed
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-    from deepspeed.zero import GatheredParameters
 
     missing = [p for p in spread if p.ds_status != ZeroParamStatus.AVAILABLE]
-    return GatheredParameters(missing) if missing else nullcontext()
+    return deepspeed.zero.GatheredParameters(missing) if missing else nullcontext()
 
 
 def _released(name: str, config: Any) -> str:
