@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from grpo_cases import LOSSES, generation, gradients, logged, make_trainer, opening
+from datasets import Dataset
+from grpo_cases import LOSSES, generation, gradients, logged, make_trainer, opening, rows
+from helpers import noise_image
 
 from rl_lvr.errors import UserError
 from rl_lvr.training.grpo_idle import Kept
@@ -53,6 +55,18 @@ def test_loss_and_gradient_are_those_of_all_rows(
     honest = Kept.of
     monkeypatch.setattr(Kept, "of", lambda inputs: honest({**inputs, "advantages": inputs["advantages"].clamp(min=0)}))
     assert max(differences(trainer, made)) > 1e-3  # the control: a row that has an advantage
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision"])
+def test_images_go_with_their_rows(load_tiny: Any, tmp_path: Path, family: str) -> None:
+    data = [{"prompt": row["prompt"], "images": [row["image"]]} for row in rows()]
+    for row in data[1::2]:
+        row["images"] = [*row["images"], noise_image(9, 56, 56)]
+    trainer = make_trainer(*opening(load_tiny, family=family), tmp_path)
+    made = trainer._generate_and_score_completions([dict(row) for row in Dataset.from_list(data)])
+    made["advantages"] = torch.tensor([0.0, 1.0, -0.5, 0.0])
+    assert max(differences(trainer, made)) < 2e-6
+    assert trainer._metrics["train"]["frac_dropped"] == [0.5, 0.5]
 
 
 def test_one_row_stays(load_tiny: Any, tmp_path: Path) -> None:

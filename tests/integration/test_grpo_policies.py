@@ -203,7 +203,8 @@ def test_two_swapped_rows_stop_the_run(load_tiny: Any, tmp_path: Path, policy: s
 
 def test_swapped_latents_alone_are_noticed(load_tiny: Any, tmp_path: Path) -> None:
     """Also where tokens cannot be compared, because the engine cut its distribution."""
-    trainer = make_trainer(*opening(load_tiny), tmp_path, kind=Swapped, parity_check=False, top_p=0.95)
+    more = {"parity_check": False, "top_p": 0.95, "per_device_train_batch_size": 8}
+    trainer = make_trainer(*opening(load_tiny), tmp_path, kind=Swapped, **more)
     with pytest.raises(UserError, match="of latents, relative to their norm"):
         trainer.train()
     assert trainer._metrics["train"]["latent/replay_logp_diff"] == [0.0]

@@ -15,7 +15,7 @@ from rl_lvr.latents.batch import LatentBatch
 from rl_lvr.latents.feedback import attach_feedback
 from rl_lvr.latents.format import get_format
 
-FAMILIES = {"qwen3_vl": 3.0, "internvl": -3.0, "llava_onevision": 6.0}  # and what makes START likely
+FAMILIES = {"qwen3_vl": 6.0, "internvl": -3.0, "llava_onevision": 6.0}  # and what makes START likely
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -137,10 +137,8 @@ def test_phases_add_up_to_the_step(load_tiny: Any, tmp_path: Path) -> None:
     assert all(values[0] > 0 for values in seconds.values()), seconds
     assert seconds["generate"][1] == seconds["score"][1] == 0  # the second step uses the rollouts of the first
     assert seconds["loss"][1] > 0
-    step = logged(trainer, "step_time")
-    for number in (0, 1):
-        inside = sum(values[number] for name, values in seconds.items() if name != "optimizer")
-        assert 0.5 * step[number] < inside <= step[number]
+    inside = sum(map(sum, seconds.values()))
+    assert 0.5 * sum(logged(trainer, "step_time")) < inside <= logged(trainer, "train_runtime")[0]
     if Path("/proc/self/clear_refs").exists():
         assert logged(trainer, "phase/loss_peak_mib")[0] > 100
     assert not logged(trainer, "phase/loss_mfu")  # of GPUs alone

@@ -123,7 +123,7 @@ def test_test_runs_an_own_async_reward(run: Path, capsys: pytest.CaptureFixture[
 
 def test_test_stops_at_a_fault_or_counts_it(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = f"{run.parent}/mine.py:fails"
-    assert main(["rewards", "test", own, "--data", str(run)]) == 2
+    assert main(["rewards", "test", own, "--data", str(run)]) == 1
     error = capsys.readouterr().err
     assert "reward 'fails' raised ZeroDivisionError (float division by zero) on sample 1" in error
     assert error.count("\n") == 1
