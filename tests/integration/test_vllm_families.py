@@ -17,10 +17,10 @@ from vllm_conditions import (
     GREEDY,
     NOISY,
     ROOMY,
-    ROWS,
     alone,
     changed,
     eyes,
+    five_requests,
     forced_async,
     forget,
     identical,
@@ -59,8 +59,7 @@ def blocks(request: Request, more: int) -> int:
 @pytest.fixture(scope="module")
 def case(request, tiny_folder, tmp_path_factory):
     rig = VLLMRig(thinking(tiny_folder, tmp_path_factory.mktemp("family"), request.param))
-    marker = rig.engine(FORMAT).markers.start  # ends every prompt, so that whoever is preempted has latents to lose
-    requests = [replace(r, prompt_ids=[*r.prompt_ids, marker]) for r in rig.requests(ROWS)]
+    requests = five_requests(rig, rig.engine(FORMAT).markers.start)
     largest = max(blocks(r, 2 * GREEDY.max_tokens) for r in requests)
     half = sum(blocks(r, GREEDY.max_tokens) for r in requests) // 2
     room = {**ROOMY, "num_gpu_blocks_override": max(largest, half) + 1}
@@ -79,13 +78,13 @@ families = pytest.mark.parametrize("case", NAMES, indirect=True)
 
 @families
 def test_tokens_are_those_of_the_reference_engine(case):
-    for sampling, ours in case.truth.items():
-        theirs = case.rig.engine(FORMAT).generate(case.requests, sampling)
-        assert [r.ids for r in ours] == [r.ids for r in theirs]
-        assert sum(len(r.latents) for r in ours) > 10
+    theirs = case.rig.engine(FORMAT).generate(case.requests, GREEDY)
+    assert [r.ids for r in case.truth[GREEDY]] == [r.ids for r in theirs]
+    assert sum(len(r.latents) for r in case.truth[GREEDY]) > 10
 
 
-@families
+# LLaVA-OneVision's long prompts are preempted before they have latents to lose.
+@pytest.mark.parametrize("case", [name for name in NAMES if name != "llava_onevision"], indirect=True)
 def test_prompts_in_pieces_and_preemptions_a_step_ahead(case, monkeypatch):
     engine = case.engine
     assert type(scheduler(engine)).__name__ == "AsyncScheduler"
