@@ -105,7 +105,7 @@ def recorded(rollout: Rollout, tokenizer: Any, markers: FormatIds, **known: Any)
     """What a rollout says by itself, and what else is known about it (any field of `RecordedRollout`)."""
     from rl_lvr.rollout.readable import readable
 
-    said = {
+    said: dict[str, Any] = {
         "marked": readable(rollout, tokenizer, markers),
         "prompt_ids": list(rollout.prompt_ids),
         "completion_ids": list(rollout.completion_ids),
