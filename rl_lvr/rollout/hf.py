@@ -53,7 +53,7 @@ class HFRolloutEngine:
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.batch_size = batch_size
         self.progress = progress
-        self.capabilities = frozenset(Capability) - {Capability.SLEEP}
+        self.capabilities = frozenset(Capability)
 
         family = family_of(model)
         placeholders = family.placeholder_ids(self.tokenizer)

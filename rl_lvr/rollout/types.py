@@ -131,8 +131,6 @@ class Capability(StrEnum):
     PROJECTOR = "projector"
     WEIGHTS = "weights"
     """`sync_weights` works."""
-    SLEEP = "sleep"
-    """It has `sleep` and `wake`, which give its memory away and take it back."""
 
 
 class RolloutEngine(Protocol):

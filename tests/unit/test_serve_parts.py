@@ -27,7 +27,7 @@ from rl_lvr.latents.format import get_format
 from rl_lvr.rollout.checks import Limits
 from rl_lvr.rollout.server import protocol
 from rl_lvr.rollout.server.engine import ServerRolloutEngine
-from rl_lvr.rollout.types import Request, Sampling
+from rl_lvr.rollout.types import Capability, Request, Sampling
 from rl_lvr.rollout.vllm import calls
 from rl_lvr.rollout.vllm.calls import Answer
 from rl_lvr.rollout.vllm.settings import LatentSettings
@@ -214,6 +214,7 @@ def test_a_client_takes_the_servers_word() -> None:
         engine = ServerRolloutEngine(url + "/", TOKENIZER, LVR)
         assert engine.markers == SETTINGS.markers
         assert engine.generate([], Sampling()) == []
+        assert Capability.WEIGHTS not in engine.capabilities  # so that a trainer refuses it
         with pytest.raises(UserError, match="restart the server on it"):
             engine.sync_weights(torch.nn.Linear(1, 1))
         engine.close()

@@ -42,11 +42,7 @@ class ServerRolloutEngine:
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.concurrency = concurrency
         self.progress = progress
-        self.capabilities = frozenset(Capability) - {
-            Capability.SPHERICAL_NOISE,
-            Capability.WEIGHTS,
-            Capability.SLEEP,
-        }
+        self.capabilities = frozenset(Capability) - {Capability.SPHERICAL_NOISE, Capability.WEIGHTS}
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._timeout = httpx.Timeout(timeout, connect=10.0, pool=None)
         self._settings = self._handshake()
