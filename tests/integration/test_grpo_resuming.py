@@ -27,6 +27,7 @@ from rl_lvr.rollout.record import read_rollouts
 from rl_lvr.training.checkpoints import PARTIAL, defect
 
 pytest.importorskip("deepspeed", reason="needs the extra `deepspeed`")
+pytestmark = pytest.mark.timeout(900)  # a test is a dozen runs, and they share the machine with other tests
 
 WORKER = Path(__file__).with_name("grpo_interrupt_worker.py")
 REWARD = """
