@@ -111,6 +111,23 @@ def test_an_adapter_is_merged(home: Path, opener: Path, place: Path, tmp_path: P
     assert any((merged[name] != start[name]).any() for name in merged)
 
 
+def test_held_out_rewards_are_logged(home: Path, opener: Path, place: Path, tmp_path: Path) -> None:
+    write_parquet(puzzles(2), tmp_path / "eval.parquet")
+    settings = {"rewards": f"{home / 'mine.py'}:letters", "eval_strategy": "steps", "eval_steps": 1}
+    out, held = tmp_path / "out", tmp_path / "eval.parquet"
+    assert grpo(opener, place / "data", out, max_steps=1, train_limit=2, eval_file=held, **settings) == 0
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["eval_reward"] >= 0 for row in rows if "eval_reward" in row] == [True]
+
+
+def test_without_a_format_it_trains_the_twin(home: Path, opener: Path, place: Path, tmp_path: Path) -> None:
+    settings = {"rewards": f"{home / 'mine.py'}:letters", "latent_format": "none", "latent_k": None}
+    assert grpo(opener, place / "data", tmp_path / "out", max_steps=1, **settings) == 0
+    (row,) = logged(tmp_path / "out")
+    assert "latent/rate" not in row
+    assert LatentFormat.load(tmp_path / "out") is None
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

@@ -12,6 +12,7 @@ import pytest
 from lab_tools import grpo, grpo_command, logged, sharded, weights
 
 pytest.importorskip("deepspeed", reason="needs the extra `deepspeed`")
+pytestmark = pytest.mark.timeout(600)
 
 STEPS = 10
 SIGNAL = "signal/attention_mass_layers_0"  # of the reward `attention`
