@@ -80,7 +80,7 @@ def test_the_first_step_is_that_of_the_reference_engine(engine, folder, tmp_path
         assert torch.equal(mine.positions, other.positions)
         assert (mine.values - other.values).abs().max() < 1e-3
     assert logged(one, "loss")[0] == pytest.approx(logged(two, "loss")[0], abs=1e-4)
-    trained(folder, tmp_path / "seed", engine, **changes, seed=7)
+    trained(folder, tmp_path / "seed", **changes, seed=7)
     assert [r.completion_ids for r in read_rollouts(tmp_path / "seed" / "run")] != [r.completion_ids for r in ours]
 
 
@@ -129,4 +129,5 @@ def test_a_trainers_autocast_stays_outside(engine, folder, monkeypatch):
     assert len(plain) > 3
     assert torch.equal(latents(), plain)
     monkeypatch.setattr(engine.engine, "_run", engine.engine._finished)  # the control
-    assert not torch.equal(latents(), plain)
+    with pytest.raises(RuntimeError, match="expected scalar type BFloat16 but found Float"):
+        latents()
