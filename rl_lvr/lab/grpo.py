@@ -41,8 +41,10 @@ FIRST_STEP: dict[str, Any] = {
     "record_rollouts": "true",
 }
 """Of the comparison of engines: 8 puzzles, 8 completions each."""
-VLLM_OPTIONS = {"max_model_len": 64, "gpu_memory_utilization": 0.1}
-ATTENTION_REWARDS = ["accuracy", json.dumps({"name": "attention", "options": {"layers": None}})]
+VLLM_OPTIONS = {"max_model_len": 64, "gpu_memory_utilization": 0.1, "engine_args": {"enforce_eager": True}}
+VLLM_ON_CPU = {"TRITON_INTERPRET": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+"""What vLLM's code for GPUs needs to run without one: its kernels interpreted, in the trainer's process."""
+ATTENTION_REWARDS = ["accuracy", json.dumps({"name": "attention", "weight": 10, "options": {"layers": None}})]
 
 
 @dataclass(frozen=True)
@@ -224,7 +226,7 @@ class GRPOLab:
             stage.name = f"first step, {engine}"
             stage.folder = stage.folder.with_name(f"first-step-{engine}")
             if engine == "vllm" and _on_cpu():
-                stage.variables["TRITON_INTERPRET"] = "1"  # vLLM's kernels: there is no compiler for a CPU
+                stage.variables = VLLM_ON_CPU
             self.runner.train([[stage]])
             found[engine] = _recorded(stage.folder)
         (rewards, tokens), (theirs, drawn) = found["hf"], found["vllm"]
