@@ -44,7 +44,7 @@ FIRST_STEP: dict[str, Any] = {
 VLLM_OPTIONS = {"max_model_len": 64, "gpu_memory_utilization": 0.1, "engine_args": {"enforce_eager": True}}
 VLLM_ON_CPU = {"TRITON_INTERPRET": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
 """What vLLM's code for GPUs needs to run without one: its kernels interpreted, in the trainer's process."""
-ATTENTION_REWARDS = ["accuracy", json.dumps({"name": "attention", "weight": 10, "options": {"layers": None}})]
+ATTENTION_REWARDS = ["accuracy", json.dumps({"name": "attention", "weight": 3, "options": {"layers": None}})]
 
 
 @dataclass(frozen=True)

@@ -76,12 +76,13 @@ def lab(out: Path) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=400,
+        timeout=600,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_short_run_has_every_figure_and_a_second_one_repeats_nothing(tmp_path: Path) -> None:
     out = tmp_path / "lab-grpo"
     first = lab(out)
