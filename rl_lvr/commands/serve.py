@@ -17,6 +17,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-latents", type=int, metavar="N", help="room for latents of one request (128)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is open to all (127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="(8000)")
+    parser.add_argument(
+        "--weights-folder",
+        "--weights_folder",
+        metavar="DIR",
+        help="a folder that a trainer, which may then change the weights, shares with this server (none)",
+    )
     parser.epilog = (
         "Every other flag is one of vllm serve, such as --max-model-len, --max-num-seqs, --dtype, "
         "--tensor-parallel-size, --gpu-memory-utilization or --api-key. How to send requests: docs/serving.md."
@@ -33,5 +39,6 @@ def run(arguments: argparse.Namespace) -> int:
         max_latents=arguments.max_latents,
         host=arguments.host,
         port=arguments.port,
+        weights_folder=arguments.weights_folder,
     )
     return serve(options, arguments.rest)

@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers.inputs.preprocess import parse_model_prompt
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from rl_lvr.errors import UserError
 from rl_lvr.rollout.vllm import guards, wire
 from rl_lvr.rollout.vllm.calls import Answer, answer_of, checked_args, named
 from rl_lvr.rollout.vllm.settings import LatentSettings, settings_of
+from rl_lvr.rollout.vllm.weights import Receipt
+from rl_lvr.serving.weights import REPAIR, Gate
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class LatentAsyncLLM(AsyncLLM):
         if vllm_config.parallel_config.data_parallel_size > 1:
             raise UserError("one server cannot hold latents of several replicas: start a server for each instead.")
         self.settings: LatentSettings = settings
+        self.gate = Gate()
         super().__init__(vllm_config, *args, **more)
 
     @property
@@ -78,6 +83,18 @@ class LatentAsyncLLM(AsyncLLM):
     ) -> AsyncGenerator[Any, None]:
         """A latent request that cannot be run, or needs more room than there is, is a VLLMValidationError (400)."""
         args = self._checked(prompt, sampling_params, request_id)
+        async with AsyncExitStack() as stack:
+            try:
+                await stack.enter_async_context(self.gate.request())
+            except UserError as error:
+                raise VLLMValidationError(str(error)) from error
+            outputs = self._generated(args, prompt, sampling_params, request_id, **more)
+            async for output in await stack.enter_async_context(aclosing(outputs)):
+                yield output
+
+    async def _generated(
+        self, args: wire.LatentArgs, prompt: Any, sampling_params: Any, request_id: str, **more: Any
+    ) -> AsyncGenerator[Any, None]:
         kept = wanted.get()
         if kept is None and not self._may_overflow(args, sampling_params):
             async with aclosing(super().generate(prompt, sampling_params, request_id, **more)) as outputs:
@@ -140,7 +157,36 @@ class LatentAsyncLLM(AsyncLLM):
         return [Fetched(vectors, marks, error) for _, _, vectors, marks, error in rows]
 
     async def status(self) -> list[dict[str, Any]]:
-        """Of every worker; UserError if the plugin is not at work in one."""
+        """Of every worker; UserError if the plugin is not at work in one, or the weights are not whole."""
+        self.gate.check()
         rows = await self.collective_rpc("latent_status")
         guards.check_workers(rows, self.settings.markers)
         return rows
+
+    # ---- weights
+
+    def takes_weights_of(self) -> dict[str, str]:
+        """Which trainer's weights fit in."""
+        return {"model_type": self.model_config.hf_config.model_type, "dtype": str(self.dtype).removeprefix("torch.")}
+
+    async def take_weights(self, folder: Path, sent: Receipt) -> list[Receipt]:
+        """Load the safetensors files of a folder into all workers; what each of them has afterwards.
+
+        UserError if that is not what was sent; then nothing is generated until other weights have come whole.
+        """
+        async with self.gate.change():
+            try:
+                rows = await self.collective_rpc("latent_load_files", args=(str(folder),))
+            except EngineDeadError:
+                raise
+            except Exception as error:  # vLLM passes on nothing of a worker's error but its words
+                words = (str(error).strip().splitlines() or ["no reason given"])[0][:300]
+                raise UserError(f"the weights do not fit this server's model ({words}): {REPAIR}") from error
+            if not await self.reset_prefix_cache():
+                raise UserError(f"vLLM kept prefixes of the old weights: {REPAIR}")
+            await self.reset_encoder_cache()
+            receipts = [Receipt(*row) for row in rows]
+            for rank, got in enumerate(receipts):
+                if not sent.agrees(got):
+                    raise UserError(f"worker {rank} did not take over the weights: sent {sent}, it has {got}; {REPAIR}")
+        return receipts

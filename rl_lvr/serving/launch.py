@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rl_lvr.errors import UserError
@@ -31,14 +32,19 @@ class ServeOptions:
     max_latents: int | None = None
     host: str = LOOPBACK
     port: int = 8000
+    weights_folder: str | None = None
+    """Whoever may use the server may also load weights that lie here."""
 
 
 def serve(options: ServeOptions, flags: Sequence[str]) -> int:
     """Run until interrupted. What can be refused without vLLM is refused before it is imported."""
+    shared = None if options.weights_folder is None else Path(options.weights_folder).resolve()
+    if shared is not None and not shared.is_dir():
+        raise UserError(f"there is no folder {shared}: make it, or name another with --weights-folder.")
     with bound_socket(options.host, options.port) as sock:
         arguments = vllm_arguments(options, flags, sock.getsockname()[1])
         try:
-            return asyncio.run(_run(arguments, sock))
+            return asyncio.run(_run(arguments, sock, shared))
         except _Interrupted:
             raise KeyboardInterrupt from None
 
@@ -143,7 +149,7 @@ def _refuse(arguments: Any, options: ServeOptions) -> None:
 # ---- life
 
 
-async def _run(arguments: Any, sock: socket.socket) -> int:
+async def _run(arguments: Any, sock: socket.socket, shared: Path | None) -> int:
     import vllm.envs as envs
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.app import build_app
@@ -163,7 +169,7 @@ async def _run(arguments: Any, sock: socket.socket) -> int:
         tasks = await engine.get_supported_tasks()
         app = build_app(arguments, tasks, engine.model_config)
         await init_app_state(engine, app.state, arguments, tasks)
-        attach(app)
+        attach(app, shared)
         sock.listen(2048)  # whoever connects from here on waits for uvicorn
         say(_ready(engine.settings.markers.format, arguments, time.monotonic() - began))
         log_config = get_uvicorn_log_config(arguments)

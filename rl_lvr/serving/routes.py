@@ -1,4 +1,4 @@
-"""What is added to vLLM's app: two routes of our own, and latents in the answers of vLLM's where they are asked for."""
+"""What is added to vLLM's app: three routes of our own, and latents in vLLM's answers where they are asked for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import asyncio
 import functools
 import uuid
 from collections.abc import Awaitable, Callable
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Body, FastAPI, Request
 from fastapi.responses import JSONResponse
@@ -22,7 +23,9 @@ from rl_lvr.rollout.server import protocol
 from rl_lvr.rollout.vllm import wire
 from rl_lvr.rollout.vllm.calls import Answer
 from rl_lvr.rollout.vllm.slots import FED
+from rl_lvr.rollout.vllm.weights import Receipt
 from rl_lvr.serving.engine import Finished, LatentAsyncLLM, wanted
+from rl_lvr.serving.weights import sent_folder
 
 RETURN = "return_latents"
 """Field of a completion or chat request."""
@@ -30,8 +33,9 @@ RETURN = "return_latents"
 router = APIRouter()
 
 
-def attach(app: FastAPI) -> None:
-    """Add the routes; the state of `app` is ready."""
+def attach(app: FastAPI, shared: Path | None) -> None:
+    """Add the routes; the state of `app` is ready. `shared`: where weights may be loaded from."""
+    app.state.weights_folder = shared
     app.include_router(router)
     engine, state = app.state.engine_client, app.state
     # On the handler objects that vLLM made, because its routes look them up in the state and take no hook.
@@ -58,6 +62,7 @@ async def status(raw_request: Request) -> JSONResponse:
         "version": protocol.VERSION,
         "model": raw_request.app.state.openai_serving_models.base_model_paths[0].name,
         "settings": protocol.settings_to_json(engine.settings),
+        "weights": None if raw_request.app.state.weights_folder is None else engine.takes_weights_of(),
         "workers": [{name: worker[name] for name in ("tables", "counters")} for worker in workers],
     }
     return JSONResponse(about)
@@ -65,6 +70,9 @@ async def status(raw_request: Request) -> JSONResponse:
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+
+Parsed = TypeVar("Parsed", bound=_Body)
 
 
 class SamplingFields(_Body):
@@ -84,6 +92,15 @@ class SamplingFields(_Body):
     extra_args: dict[str, Any] = {}
 
 
+class Weights(_Body):
+    """The body of `protocol.weights_to_json`."""
+
+    name: str
+    tensors: int
+    checksum: float
+    rows: float
+
+
 class Call(_Body):
     """The body of a rollout call."""
 
@@ -97,7 +114,7 @@ class Call(_Body):
 async def rollout(body: Annotated[Any, Body()], raw_request: Request) -> JSONResponse:
     """One completion with everything that a `Rollout` holds."""
     engine: LatentAsyncLLM = raw_request.app.state.engine_client
-    call = _call(body)
+    call = _parsed(Call, body)
     try:
         params = SamplingParams(**call.sampling_params.model_dump(), output_kind=RequestOutputKind.FINAL_ONLY)
         prompt: dict[str, Any] = {"prompt_token_ids": call.prompt_token_ids}
@@ -114,9 +131,22 @@ async def rollout(body: Annotated[Any, Body()], raw_request: Request) -> JSONRes
     return JSONResponse(protocol.answer_to_json(found[0].answer(0, engine.dtype, engine.width)))
 
 
-def _call(body: Any) -> Call:
+@router.post(protocol.WEIGHTS)
+async def weights(body: Annotated[Any, Body()], raw_request: Request) -> JSONResponse:
+    """Take over the weights of a folder in --weights-folder; answers the receipt of every worker."""
+    engine: LatentAsyncLLM = raw_request.app.state.engine_client
+    new = _parsed(Weights, body)
     try:
-        return Call.model_validate(body)
+        folder = sent_folder(raw_request.app.state.weights_folder, new.name)
+        receipts = await engine.take_weights(folder, Receipt(new.tensors, new.checksum, new.rows))
+    except UserError as error:
+        raise VLLMValidationError(str(error)) from error
+    return JSONResponse({"workers": [receipt.as_row() for receipt in receipts]})
+
+
+def _parsed(kind: type[Parsed], body: Any) -> Parsed:
+    try:
+        return kind.model_validate(body)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "body"

@@ -18,6 +18,7 @@ from rl_lvr.rollout.types import Request, Rollout, RolloutEngine, Sampling
 
 ENGINES = ("hf", "vllm", "server")
 VLLM_OPTIONS = ("max_model_len", "max_num_seqs", "max_latents", "dtype", "gpu_memory_utilization", "engine_args")
+SERVER_OPTIONS = ("url", "weights_folder", "concurrency", "timeout")
 MOST_ROWS = 256
 """`max_num_seqs` is the generation batch of a process, but not more than this unless it is asked for."""
 
@@ -31,10 +32,7 @@ def check_engine(name: str, options: Mapping[str, Any] | None, config: Any) -> d
     if name not in ENGINES:
         raise UserError(f"no engine {name!r}; {_hint(name, ENGINES)}")
     if name == "server":
-        raise UserError(
-            "engine server keeps the weights that it was started with, so the trainer would learn from rollouts of an "
-            "old model: train with engine vllm or hf."
-        )
+        return _server_options(given, config)
     if name == "hf":
         if given:
             raise UserError(f"engine hf takes no engine_options ({next(iter(given))}): rollout_batch sets its rows.")
@@ -59,6 +57,22 @@ def check_engine(name: str, options: Mapping[str, Any] | None, config: Any) -> d
     return given
 
 
+def _server_options(given: dict[str, Any], config: Any) -> dict[str, Any]:
+    for key in given:
+        if key not in SERVER_OPTIONS:
+            raise UserError(f"engine_options of server has no {key!r}; {_hint(key, SERVER_OPTIONS)}")
+    if config.engine_sleep:
+        raise UserError("engine_sleep is on, but a server does not sleep: leave it out.")
+    if not given.get("weights_folder"):
+        raise UserError(
+            "engine server keeps the weights that it was started with, so the trainer would learn from rollouts of an "
+            "old model: set weights_folder to a folder that both see, and start rl-lvr serve with --weights-folder."
+        )
+    if not given.get("url"):
+        raise UserError("engine_options lacks url: the address that rl-lvr serve has said, such as http://host:8000.")
+    return given
+
+
 def make_engine(
     name: str,
     options: Mapping[str, Any] | None,
@@ -76,6 +90,10 @@ def make_engine(
     complete = check_engine(name, options, config)
     if name == "hf":
         return None
+    if name == "server":
+        from rl_lvr.rollout.server.engine import ServerRolloutEngine
+
+        return ServerRolloutEngine(complete.pop("url"), processor, latent_format, **complete)
     _same_vocabulary(model, folder)
     from rl_lvr.rollout.vllm.engine import VLLMRolloutEngine
 

@@ -111,7 +111,7 @@ class LatentGRPOTrainer(CheckedGRPO):
         if Capability.WEIGHTS not in engine.capabilities:
             raise UserError(
                 f"the engine {type(engine).__name__} keeps the weights that it was started with, so the trainer would "
-                "learn from rollouts of an old model: use the engine vllm or hf."
+                "learn from rollouts of an old model: use the engine vllm or hf, or server with a weights_folder."
             )
         if isinstance(engine, HFRolloutEngine) and sharded(self.model) and not config.ds3_gather_for_generation:
             raise UserError(

@@ -1,35 +1,28 @@
 """A real server on a tiny model: rollouts over HTTP equal the reference engine's, and nobody can hurt it.
 
-The server is started once. Latents have room for 32 per request, spans of 3.
+The server is started once.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-import json
-import os
 import re
-import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 import torch
 from engine_cases import same
 from helpers import noise_image
-from vllm_cases import LENGTH, VLLMRig, opened, thinking
+from serve_cases import CLOSE, FLAGS, GREEDY, LVR, ROOM, Server, begin, refusal, within
+from vllm_cases import VLLMRig, opened, thinking
 
 from rl_lvr.errors import UserError
-from rl_lvr.latents.format import get_format
 from rl_lvr.latents.interventions import Intervention
 from rl_lvr.rollout.replay import check_parity
 from rl_lvr.rollout.server import protocol
@@ -39,62 +32,6 @@ from rl_lvr.rollout.vllm import wire
 from rl_lvr.serving.launch import ServeOptions, vllm_arguments
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-LVR = get_format("lvr", k=3)
-ROOM = 32
-CLOSE = 1e-3
-"""Untrained weights blow rounding up from latent to latent (docs/engines.md); the replay holds each step to 1e-4."""
-GREEDY = Sampling(max_tokens=14, temperature=0.0)
-FLAGS = {
-    "max-model-len": LENGTH,
-    "max-num-seqs": 8,
-    "dtype": "float32",
-    "num-gpu-blocks-override": 256,
-    "limit-mm-per-prompt": '{"image": 2, "video": 0}',
-}
-
-
-class Server:
-    """A process of `rl-lvr serve`."""
-
-    def __init__(self, folder: Path, log: Path) -> None:
-        self.folder, self.log = folder, log
-        flags = [word for name, value in FLAGS.items() for word in (f"--{name}", str(value))]
-        command = [sys.executable, "-m", "rl_lvr.cli", "serve", str(folder), "--port", "0", "--enforce-eager", *flags]
-        with log.open("wb") as out:
-            self.process = subprocess.Popen(
-                [*command, "--format", "lvr", "--k", "3", "--max-latents", str(ROOM)],
-                stdout=out,
-                stderr=out,
-                start_new_session=True,
-            )
-
-    def wait_for(self, words: str, seconds: float = 300) -> re.Match[str]:
-        """Until the server has said this."""
-        end = time.monotonic() + seconds
-        while (found := re.search(words, self.log.read_text())) is None:
-            assert self.process.poll() is None, self.log.read_text()[-5000:]
-            assert time.monotonic() < end, f"not within {seconds} s: {words}\n{self.log.read_text()[-5000:]}"
-            time.sleep(0.2)
-        return found
-
-    def ready(self) -> None:
-        self.url = self.wait_for(r"ready after \d+ s at (http://127\.0\.0\.1:\d+) ")[1]
-
-    def interrupt(self) -> int:
-        """Ctrl-C, which a terminal sends to children too; the exit code, once no child is left."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        os.killpg(self.process.pid, signal.SIGINT)
-        code = self.process.wait(60)
-        _, alive = psutil.wait_procs(children, timeout=10)
-        assert not alive
-        return code
-
-    def post(self, path: str, body: dict[str, Any]) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=120)
-
-    def tables(self) -> dict[str, int]:
-        (worker,) = httpx.get(self.url + protocol.STATUS, timeout=60).json()["workers"]
-        return worker["tables"]
 
 
 @pytest.fixture(scope="module")
@@ -125,13 +62,6 @@ def empty_afterwards(server: Server) -> Iterator[None]:
     """Nothing of a test's requests stays in the worker."""
     yield
     within(5, lambda: not any(server.tables().values()))
-
-
-def within(seconds: float, happens: Callable[[], bool]) -> None:
-    end = time.monotonic() + seconds
-    while not happens():
-        assert time.monotonic() < end, f"not within {seconds} s"
-        time.sleep(0.05)
 
 
 # ---- the client engine
@@ -352,11 +282,6 @@ BAD_CALLS = {
 }
 
 
-def refusal(response: httpx.Response) -> str:
-    assert 400 <= response.status_code < 500, response.text
-    return response.json()["error"]["message"]
-
-
 @pytest.mark.usefixtures("empty_afterwards")
 def test_bad_requests_are_refused_in_a_sentence(server: Server) -> None:
     good = {"prompt": "red", "max_tokens": 2, "temperature": 0}
@@ -397,16 +322,6 @@ def test_a_killed_client_leaves_nothing(server: Server, rig: VLLMRig, engine: Se
     for connection in dying:
         connection.close()
     within(5, lambda: not any(server.tables().values()))  # far sooner than 200 tokens
-
-
-def begin(server: Server, path: str, body: dict[str, Any]) -> socket.socket:
-    """Send a request and do not wait for its answer."""
-    url = httpx.URL(server.url)
-    data = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: {url.host}\r\nContent-Type: application/json\r\n"
-    connection = socket.create_connection((url.host, url.port or 80))
-    connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
-    return connection
 
 
 # ---- how it starts and ends

@@ -37,7 +37,10 @@ def test_vllm_takes_its_rows_and_its_length_from_the_run():
         ("vllm", {"colour": 9}, {}, "choose from max_model_len"),
         ("vllm", None, {}, r"lacks max_model_len.*max_completion_length \(50\)"),
         ("vllm", {"max_model_len": 50}, {}, "no prompt has room"),
-        ("server", {"url": "http://127.0.0.1:1"}, {}, "keeps the weights that it was started with"),
+        ("server", {"url": "http://127.0.0.1:1"}, {}, "keeps the weights .* started with, .* set weights_folder"),
+        ("server", {"weights_folder": "w"}, {}, "lacks url"),
+        ("server", {"weight_folder": "w"}, {}, "no 'weight_folder'; did you mean 'weights_folder'"),
+        ("server", {"url": "u", "weights_folder": "w"}, {"engine_sleep": True}, "a server does not sleep"),
     ],
 )
 def test_what_cannot_be_is_refused_before_there_is_a_model(name, options, changes, words):

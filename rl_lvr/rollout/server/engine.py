@@ -5,19 +5,23 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import httpx
+import torch
 from anyio.from_thread import start_blocking_portal
 from torch import nn
 
 from rl_lvr.errors import UserError
 from rl_lvr.latents.format import LatentFormat
+from rl_lvr.latents.inject import unwrapped
 from rl_lvr.progress import task
-from rl_lvr.rollout.server import protocol
+from rl_lvr.rollout.server import protocol, weights
 from rl_lvr.rollout.types import Capability, Request, Rollout, Sampling, request_seeds
 from rl_lvr.rollout.vllm import calls
 from rl_lvr.rollout.vllm.settings import LatentSettings
+from rl_lvr.rollout.vllm.weights import Receipt
 
 
 class ServerRolloutEngine:
@@ -32,9 +36,17 @@ class ServerRolloutEngine:
         api_key: str | None = None,
         concurrency: int = 64,
         timeout: float | None = None,
+        weights_folder: str | Path | None = None,
         progress: bool = False,
     ) -> None:
-        """`timeout`: seconds for one completion; None waits as long as the server lives."""
+        """`timeout`: seconds for one completion; None waits as long as the server lives.
+
+        `weights_folder`: where the server's --weights-folder is seen from here; without it the weights stay.
+        """
+        if weights_folder is not None and not Path(weights_folder).is_dir():
+            raise UserError(
+                f"there is no folder {weights_folder}: name the server's --weights-folder as seen from here."
+            )
         if concurrency < 1:
             raise UserError(f"concurrency is {concurrency}; it must be at least 1.")
         self.url = url.rstrip("/")
@@ -42,7 +54,9 @@ class ServerRolloutEngine:
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.concurrency = concurrency
         self.progress = progress
-        self.capabilities = frozenset(Capability) - {Capability.SPHERICAL_NOISE, Capability.WEIGHTS}
+        fixed = {Capability.WEIGHTS} if weights_folder is None else set()
+        self.capabilities = frozenset(Capability) - {Capability.SPHERICAL_NOISE} - fixed
+        self._shared = None if weights_folder is None else Path(weights_folder)
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._timeout = httpx.Timeout(timeout, connect=10.0, pool=None)
         self._settings = self._handshake()
@@ -56,6 +70,10 @@ class ServerRolloutEngine:
                 f"{protocol.VERSION}: install the same rl-lvr on both sides."
             )
         settings = protocol.settings_from_json(status["settings"])
+        takes: dict[str, str] | None = status.get("weights")
+        self._takes = takes or {}
+        if self._shared is not None and takes is None:
+            raise UserError(f"{self.url} keeps its weights: restart it with --weights-folder DIR.")
         served = settings.markers.format
         if served != self.format:
             raise UserError(f"{self.url} serves latent format {served}, this engine was given {self.format}.")
@@ -127,7 +145,7 @@ class ServerRolloutEngine:
     async def _ask_one(
         self, client: httpx.AsyncClient, method: str, path: str, body: Mapping[str, Any] | None, index: int
     ) -> dict[str, Any]:
-        who = "" if body is None else f"request {index}: "
+        who = f"request {index}: " if path == protocol.ROLLOUT else ""
         try:
             response = await client.request(method, self.url + path, json=body)
         except httpx.TimeoutException as error:
@@ -147,11 +165,30 @@ class ServerRolloutEngine:
     # ---- weights and life
 
     def sync_weights(self, model: nn.Module) -> None:
-        """Refused: a server keeps the weights that it was started with."""
-        raise UserError(
-            f"the weights of {self.url} cannot be changed from here: save a checkpoint and restart the server on it "
-            "(rl-lvr serve FOLDER), or train with the engine 'vllm' or 'hf'."
-        )
+        """Take over the weights of a trainer's model, through the folder that is shared with the server.
+
+        All processes of a trainer call this at the same time, when no requests run. The first of them does it.
+        """
+        if self._shared is None:
+            raise UserError(
+                f"the weights of {self.url} cannot be changed without a folder that both sides see: give this engine a "
+                "weights_folder and start the server with --weights-folder, or save a checkpoint and restart the "
+                "server on it."
+            )
+        mine, theirs = unwrapped(model).config.model_type, self._takes["model_type"]
+        if mine != theirs:
+            raise UserError(f"a {mine} model's weights cannot go into {self.url}, which serves a {theirs} model.")
+        dtype, shared = getattr(torch, self._takes["dtype"]), self._shared
+
+        def send() -> None:
+            with weights.written(model, dtype, shared) as (name, sent):
+                (answer,) = self._ask("POST", protocol.WEIGHTS, [protocol.weights_to_json(name, sent)])
+            for rank, row in enumerate(answer["workers"]):
+                got = Receipt(*row)
+                if not sent.agrees(got):
+                    raise RuntimeError(f"worker {rank} did not take over the weights: sent {sent}, it has {got}.")
+
+        weights.by_the_first(send, model, dtype)
 
     def close(self) -> None:
         """Nothing is held here, and the server goes on."""

@@ -21,10 +21,12 @@ from rl_lvr.latents.format import FormatIds, LatentFormat
 from rl_lvr.rollout.checks import Limits
 from rl_lvr.rollout.vllm.calls import Answer, marks_of, vectors_of
 from rl_lvr.rollout.vllm.settings import LatentSettings
+from rl_lvr.rollout.vllm.weights import Receipt
 
 VERSION = 1
 STATUS = "/v1/latents"
 ROLLOUT = "/v1/latents/rollout"
+WEIGHTS = "/v1/latents/weights"
 
 PROMPT = "prompt_token_ids"
 PICTURES = "pictures"
@@ -55,6 +57,14 @@ def settings_from_json(data: Mapping[str, Any]) -> LatentSettings:
         "frame": None if frame is None else tuple(frame),
     }
     return LatentSettings(**{**data, **exact})
+
+
+# ---- weights
+
+
+def weights_to_json(name: str, sent: Receipt) -> dict[str, Any]:
+    """`name` of a folder in the one that trainer and server share."""
+    return {"name": name, **asdict(sent)}
 
 
 # ---- one call

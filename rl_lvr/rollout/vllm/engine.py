@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from rl_lvr.errors import UserError
@@ -23,7 +22,7 @@ from rl_lvr.rollout.types import Capability, Request, Rollout, Sampling, request
 from rl_lvr.rollout.vllm import calls, guards, selftest
 from rl_lvr.rollout.vllm.colocated import beside_a_trainer, leave
 from rl_lvr.rollout.vllm.settings import MAX_LATENTS, as_config, settings_for_folder
-from rl_lvr.rollout.vllm.weights import Receipt, checkpoint_weights
+from rl_lvr.rollout.vllm.weights import Receipt, checkpoint_weights, write_files
 from rl_lvr.rollout.vllm.worker import EXTENSION
 
 
@@ -170,9 +169,7 @@ class VLLMRolloutEngine:
                 rows = self.llm.collective_rpc("latent_load", args=(named,))
             else:
                 with tempfile.TemporaryDirectory() as folder:
-                    for number, (name, value) in enumerate(named):
-                        path = Path(folder) / f"{number:06}.safetensors"
-                        save_file({name: value.cpu().contiguous()}, path)
+                    write_files(named, Path(folder))
                     rows = self.llm.collective_rpc("latent_load_files", args=(folder,))
         finally:
             for _ in named:  # what was not loaded counts as sent, and under ZeRO-3 other ranks wait for this one

@@ -59,6 +59,8 @@ SERVER_HOOKS: tuple[Hook, ...] = (
     ("vllm.v1.engine.async_llm", "AsyncLLM.from_vllm_config", ("vllm_config", "usage_context")),
     ("vllm.v1.engine.async_llm", "AsyncLLM.collective_rpc", ("method", "args")),
     ("vllm.v1.engine.async_llm", "AsyncLLM.reset_mm_cache", ()),
+    ("vllm.v1.engine.async_llm", "AsyncLLM.reset_prefix_cache", ()),
+    ("vllm.v1.engine.async_llm", "AsyncLLM.reset_encoder_cache", ()),
     ("vllm.v1.engine.async_llm", "AsyncLLM.get_supported_tasks", ()),
     ("vllm.v1.engine.async_llm", "AsyncLLM.check_health", ()),
     ("vllm.v1.engine.async_llm", "AsyncLLM.shutdown", ()),

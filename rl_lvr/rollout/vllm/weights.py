@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rl_lvr.errors import UserError
@@ -70,6 +72,12 @@ def load(runner: Any, weights: Iterable[tuple[str, Tensor]]) -> Receipt:
     probes = model.embed_input_ids(torch.arange(PROBES, device=device))
     receipt.rows = float(probes.double().abs().mean())
     return receipt
+
+
+def write_files(named: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+    """For workers in other processes (`worker.LatentWorker.latent_load_files`). One weight at a time is on the host."""
+    for number, (name, value) in enumerate(named):
+        save_file({name: value.cpu().contiguous()}, folder / f"{number:06}.safetensors")
 
 
 def _reload(runner: Any, weights: Iterable[tuple[str, Tensor]]) -> None:

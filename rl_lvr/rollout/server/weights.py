@@ -1,0 +1,67 @@
+"""A trainer's weights on their way to a server: files in a folder that both see. One process of the trainer writes."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from rl_lvr.errors import UserError
+from rl_lvr.latents.inject import sharded
+from rl_lvr.rollout.vllm.weights import Receipt, checkpoint_weights, write_files
+
+
+@contextmanager
+def written(model: nn.Module, dtype: torch.dtype, shared: Path) -> Iterator[tuple[str, Receipt]]:
+    """The name of a folder in `shared` that holds the weights, whole from its first moment and gone afterwards.
+
+    `dtype` is the server's precision.
+    """
+    name = uuid.uuid4().hex
+    unfinished, finished = shared / f".{name}", shared / name
+    sent = Receipt()
+    named = checkpoint_weights(model, dtype, sent)
+    try:
+        unfinished.mkdir()
+        write_files(named, unfinished)
+        if not math.isfinite(sent.checksum):
+            raise UserError("the model's weights are not all finite numbers: nothing can be generated with them.")
+        unfinished.rename(finished)
+        yield name, sent
+    finally:
+        for _ in named:  # under ZeRO-3 the other ranks wait for this one, also when its disk is full
+            pass
+        for path in (unfinished, finished):
+            if path.exists():
+                shutil.rmtree(path)
+
+
+def by_the_first(call: Callable[[], None], model: nn.Module, dtype: torch.dtype) -> None:
+    """`call` in the first process of a trainer, which reads all weights of `model`; the others wait, and fail with it.
+
+    Under ZeRO-3 the others take part in gathering the weights.
+    """
+    if not dist.is_initialized():
+        call()
+        return
+    told: list[str | None] = [None]
+    try:
+        if dist.get_rank() == 0:
+            call()
+        elif sharded(model):
+            for _ in checkpoint_weights(model, dtype, Receipt()):
+                pass
+    except Exception as error:
+        told = [str(error)]
+        dist.broadcast_object_list(told, src=0)  # before it is raised, or the others would wait for ever
+        raise
+    dist.broadcast_object_list(told, src=0)
+    if told[0] is not None:
+        raise UserError(told[0])
