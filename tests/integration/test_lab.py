@@ -21,7 +21,7 @@ from rl_lvr.lab.picture import table
 
 def demo(out: Path, *more: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "rl_lvr.cli", "lab", "demo", "--out", str(out)]
-    command += ["--train", "128", "--test", "16", "--max-steps", "3", *more]
+    command += ["--train", "128", "--test", "16", "--max-steps", "6", *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
