@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -42,7 +43,10 @@ def test_a_demo_that_is_cut_off_goes_on_and_a_third_run_does_nothing(tmp_path: P
     assert first.returncode == 130, error
     assert "the same command goes on" in error
     assert "Traceback" not in error
-    assert list((out / "seed-0" / "pretrain").glob("checkpoint-*/trainer_state.json"))
+    log = (out / "seed-0" / "pretrain.txt").read_text()
+    steps = int(re.search(r"stopped at step (\d+) of 6", log)[1])
+    kept = list((out / "seed-0" / "pretrain").glob("checkpoint-*/trainer_state.json"))
+    assert [path.parent.name for path in kept] == ([f"checkpoint-{steps}"] if steps else [])
     alive = subprocess.run(["pgrep", "-f", str(out)], capture_output=True, text=True, check=False).stdout.split()
     assert alive == []  # no child is left behind
 
