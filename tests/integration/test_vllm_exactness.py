@@ -165,6 +165,9 @@ def test_control_nothing_restored_under_async_scheduling(async_engine, requests,
 @pytest.fixture(scope="module")
 def apart(rig):
     """As vLLM starts by itself: its scheduler and its worker live in a process of their own."""
+    from vllm.envs import disable_envs_cache
+
+    disable_envs_cache()  # an engine started earlier has fixed the environment for this process
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
         engine = start(rig, FORMAT, TIGHT, cache=True)
