@@ -7,7 +7,6 @@ ones from the command line, so types and choices are checked in one place and a 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, NoReturn
 import yaml
 from trl import TrlParser
 
-from rl_lvr.errors import UserError
+from rl_lvr.errors import UserError, near_miss
 
 
 class _Parser(TrlParser):
@@ -84,8 +83,7 @@ def _check_name(key: str, known: dict[str, Any], what: str) -> None:
     name = key.replace("-", "_")
     if name in known or (name.startswith("no_") and name[3:] in known):
         return
-    near = difflib.get_close_matches(name, known, n=1)
-    raise UserError(f"{what} {key!r}{f'; did you mean {near[0]!r}?' if near else ''}")
+    raise UserError(f"{what} {key!r}{near_miss(name, known, '')}")
 
 
 def _as_flags(recipe: dict[str, Any]) -> tuple[list[str], list[str]]:

@@ -6,13 +6,12 @@ its own: Monet and LVR give the same numbers different meanings (docs/formats.md
 
 from __future__ import annotations
 
-import difflib
 import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from rl_lvr.errors import UserError
+from rl_lvr.errors import UserError, near_miss
 
 FORMAT_FILE = "latent_format.json"
 
@@ -288,15 +287,13 @@ PRESETS: dict[str, LatentFormat] = {
 def get_format(name: str, **changes: Any) -> LatentFormat:
     """A preset by name, with some fields changed: ``get_format("lvr", k=6)``."""
     if not isinstance(name, str) or name not in PRESETS:
-        near = difflib.get_close_matches(str(name), PRESETS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise UserError(f"no latent format {name!r}{hint} Presets: {', '.join(PRESETS)}.")
+        raise UserError(f"no latent format {name!r}{near_miss(name, PRESETS)} Presets: {', '.join(PRESETS)}.")
     known = {f.name for f in fields(LatentFormat)}
     for key in changes:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise UserError(f"a latent format has no field {key!r}{hint} Fields: {', '.join(sorted(known))}.")
+            raise UserError(
+                f"a latent format has no field {key!r}{near_miss(key, known)} Fields: {', '.join(sorted(known))}."
+            )
     return replace(PRESETS[name], **changes)
 
 

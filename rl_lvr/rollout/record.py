@@ -6,7 +6,6 @@ before the line that names them. Reading needs no torch, and lines written by ha
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import sys
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from rl_lvr.errors import UserError
+from rl_lvr.errors import UserError, near_miss
 
 if TYPE_CHECKING:
     from rl_lvr.latents.batch import LatentBatch
@@ -300,11 +299,8 @@ def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
     known = [f.name for f in fields(RecordedRollout)]
     for name, value in entry.items():
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise UserError(
-                f"{where}: unknown field {name!r}; "
-                + (f"did you mean {near[0]!r}?" if near else "what is your own goes into columns.")
-            )
+            hint = near_miss(name, known, "; what is your own goes into columns.")
+            raise UserError(f"{where}: unknown field {name!r}{hint}")
         if not isinstance(value, _TYPES[name]) or isinstance(value, bool):
             raise UserError(f"{where}: {name} is {value!r:.60}, which is not of its type.")
     for name in ("prompt", "completion"):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from rl_lvr.errors import UserError
+from rl_lvr.errors import UserError, near_miss
 from rl_lvr.ops.vocab_stats import MAX_TOP_K
 from rl_lvr.signals import attention, confidence, vectors
 from rl_lvr.signals.forward import Column
@@ -87,7 +86,7 @@ def _parse(entry: str | Mapping[str, Any]) -> SignalSpec:
     else:
         raise UserError(f"a signal is a name, or a name with its parameters; not {entry!r}.")
     if name not in SIGNALS:
-        raise UserError(f"no signal {name!r}{_near(name, SIGNALS)} Signals: {', '.join(SIGNALS)}.")
+        raise UserError(f"no signal {name!r}{near_miss(name, SIGNALS)} Signals: {', '.join(SIGNALS)}.")
     if not isinstance(given, Mapping):
         raise UserError(f"signal {name!r}: its parameters are {given!r}; write them as name: value.")
     function = SIGNALS[name]
@@ -103,15 +102,10 @@ def _parse(entry: str | Mapping[str, Any]) -> SignalSpec:
             column = value
         elif key not in types_:
             known = ", ".join([*types_, "name"])
-            raise UserError(f"signal {name!r} has no parameter {key!r}{_near(key, types_)} Parameters: {known}.")
+            raise UserError(f"signal {name!r} has no parameter {key!r}{near_miss(key, types_)} Parameters: {known}.")
         else:
             parameters[key] = _checked(f"signal {name!r}: {key}", value, types_[key])
     return SignalSpec(column, function, parameters)
-
-
-def _near(name: object, known: Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(str(name), known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else "."
 
 
 def _checked(what: str, value: Any, hint: Any) -> Any:

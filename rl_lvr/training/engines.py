@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from rl_lvr.errors import UserError
+from rl_lvr.errors import UserError, near_miss
 from rl_lvr.latents.format import LatentFormat
 from rl_lvr.latents.inject import unwrapped
 from rl_lvr.rollout.types import Request, Rollout, RolloutEngine, Sampling
@@ -30,7 +29,7 @@ def check_engine(name: str, options: Mapping[str, Any] | None, config: Any) -> d
     """
     given = dict(options or {})
     if name not in ENGINES:
-        raise UserError(f"no engine {name!r}; {_hint(name, ENGINES)}")
+        raise UserError(f"no engine {name!r}{_hint(name, ENGINES)}")
     if name == "server":
         return _server_options(given, config)
     if name == "hf":
@@ -39,9 +38,7 @@ def check_engine(name: str, options: Mapping[str, Any] | None, config: Any) -> d
         if config.engine_sleep:
             raise UserError("engine_sleep is on, but the engine hf is the model itself: leave it out.")
         return given
-    for key in given:
-        if key not in VLLM_OPTIONS:
-            raise UserError(f"engine_options of vllm has no {key!r}; {_hint(key, VLLM_OPTIONS)}")
+    _require_known(name, given, VLLM_OPTIONS)
     rows = config.per_device_train_batch_size * config.steps_per_generation
     given = {"max_num_seqs": min(rows, MOST_ROWS), "max_model_len": config.vllm_max_model_length} | given
     longest, answer = given["max_model_len"], config.max_completion_length
@@ -58,9 +55,7 @@ def check_engine(name: str, options: Mapping[str, Any] | None, config: Any) -> d
 
 
 def _server_options(given: dict[str, Any], config: Any) -> dict[str, Any]:
-    for key in given:
-        if key not in SERVER_OPTIONS:
-            raise UserError(f"engine_options of server has no {key!r}; {_hint(key, SERVER_OPTIONS)}")
+    _require_known("server", given, SERVER_OPTIONS)
     if config.engine_sleep:
         raise UserError("engine_sleep is on, but a server does not sleep: leave it out.")
     if not given.get("weights_folder"):
@@ -166,6 +161,11 @@ def _dtype(model: nn.Module, config: Any) -> str:
     return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
+def _require_known(engine: str, given: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    for key in given:
+        if key not in known:
+            raise UserError(f"engine_options of {engine} has no {key!r}{_hint(key, known)}")
+
+
 def _hint(name: str, known: tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}."
+    return near_miss(name, known, f"; choose from {', '.join(known)}.")

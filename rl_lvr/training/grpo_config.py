@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
-from rl_lvr.errors import UserError
+from rl_lvr.errors import UserError, near_miss
 from rl_lvr.latents.density import Law
 from rl_lvr.training.faults import RolloutSettings
 from rl_lvr.training.settings import Defaults, settle_device
@@ -76,9 +75,8 @@ class LatentGRPOConfig(RolloutSettings, Defaults, GRPOConfig):
 
     def __post_init__(self) -> None:
         if self.latent_policy not in POLICIES:
-            near = difflib.get_close_matches(str(self.latent_policy), POLICIES, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"choose {', '.join(POLICIES)}."
-            raise UserError(f"no latent_policy {self.latent_policy!r}; {hint}")
+            hint = near_miss(self.latent_policy, POLICIES, f"; choose {', '.join(POLICIES)}.")
+            raise UserError(f"no latent_policy {self.latent_policy!r}{hint}")
         if self.latent_scale not in ("mean", "sum"):
             raise UserError(f"latent_scale is {self.latent_scale!r}; choose mean or sum.")
         for name in ("latent_sigma", "latent_weight", "latent_epsilon", "latent_epsilon_high", "beta"):

@@ -6,7 +6,6 @@ the trainer makes (docs/rewards.md). Torch is not imported here.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
 import math
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rl_lvr.errors import UserError
+from rl_lvr.errors import UserError, near_miss
 from rl_lvr.training.rewarding.finding import Found, find
 from rl_lvr.training.rewarding.guard import RewardError, guard
 from rl_lvr.training.rewarding.options import FROM_TRAINER, options_of, signal_names, with_options
@@ -160,9 +159,8 @@ def _fields(entry: str | Mapping[str, Any]) -> Mapping[str, Any]:
     for key in entry:
         if key in KEYS:
             continue
-        near = difflib.get_close_matches(str(key), KEYS, n=1)
-        cure = f"did you mean {near[0]!r}?" if near else "options of the reward itself stand below options."
-        raise UserError(f"reward {entry['name']!r}: unknown key {key!r}; {cure} Keys: {', '.join(KEYS)}.")
+        cure = near_miss(key, KEYS, "; options of the reward itself stand below options.")
+        raise UserError(f"reward {entry['name']!r}: unknown key {key!r}{cure} Keys: {', '.join(KEYS)}.")
     return entry
 
 

@@ -6,12 +6,11 @@ read from the model folder. Without either, the plugin stays out of the way.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rl_lvr.errors import UserError
+from rl_lvr.errors import UserError, near_miss
 from rl_lvr.latents.format import FORMAT_FILE, FormatIds, LatentFormat, get_format
 from rl_lvr.models.registry import family_class
 from rl_lvr.rollout.checks import Limits
@@ -170,8 +169,7 @@ def _given(values: Any) -> tuple[LatentFormat, int]:
         raise UserError('additional_config["latent"] must be an object with the key format.')
     for key in values:
         if key not in _KEYS:
-            near = difflib.get_close_matches(key, _KEYS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f": it takes {', '.join(_KEYS)}."
+            hint = near_miss(key, _KEYS, f": it takes {', '.join(_KEYS)}.")
             raise UserError(f'additional_config["latent"] has no key {key!r}{hint}')
     format_ = values["format"]
     if isinstance(format_, str):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rl_lvr.errors import UserError
+from rl_lvr.errors import UserError, near_miss
 from rl_lvr.latents.interventions import Intervention
 from rl_lvr.rollout.types import Request
 
@@ -79,8 +78,7 @@ def decode(wire: Mapping[str, Any] | None, prompt_ids: Sequence[int], seed: int,
     ours = {key: value for key, value in (wire or {}).items() if key.startswith(_PREFIX)}
     for key in ours:
         if key not in KEYS:
-            near = difflib.get_close_matches(key, KEYS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f": known are {', '.join(KEYS)}."
+            hint = near_miss(key, KEYS, f": known are {', '.join(KEYS)}.")
             raise UserError(f"there is no latent setting {key!r}{hint}")
     request = Request(prompt_ids, seed=seed)
     if not ours:

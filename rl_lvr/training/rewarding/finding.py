@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -14,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rl_lvr.errors import UserError
+from rl_lvr.errors import UserError, near_miss
 
 GROUP = "rl_lvr.rewards"
 
@@ -71,10 +70,8 @@ def _from_entry_point(name: str) -> Found:
         )
     if points:
         return load_entry_point(points[0])
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
     raise UserError(
-        f"no reward {name!r}{hint} Installed: {', '.join(known) or 'none'}. "
+        f"no reward {name!r}{near_miss(name, known)} Installed: {', '.join(known) or 'none'}. "
         "Your own is named package.module:function or path/file.py:function."
     )
 
@@ -121,6 +118,5 @@ def _attribute(reference: str, module: ModuleType, name: str) -> Callable[..., A
         return target
     if target is not None:
         raise UserError(f"reward {reference!r}: {name} is a {type(target).__name__}, not a function.")
-    near = difflib.get_close_matches(name, [n for n, v in vars(module).items() if callable(v)], n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
+    hint = near_miss(name, [n for n, v in vars(module).items() if callable(v)])
     raise UserError(f"reward {reference!r}: there is no {name!r} in it{hint}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import types
@@ -10,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from inspect import Parameter
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from rl_lvr.errors import UserError
+from rl_lvr.errors import UserError, near_miss
 
 FROM_TRAINER = frozenset(
     ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
@@ -24,8 +23,7 @@ def with_options(target: Callable[..., Any], given: Mapping[str, Any], reward: s
     known = options_of(target)
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
+            hint = near_miss(name, known)
             raise UserError(f"reward {reward!r} has no option {name!r}{hint} Options: {', '.join(known) or 'none'}.")
     missing = [n for n, p in known.items() if inspect.isclass(target) and p.default is p.empty and n not in given]
     if missing:
@@ -84,9 +82,8 @@ def _checked(what: str, value: Any, hint: Any) -> Any:
     if get_origin(hint) is Literal:
         allowed = get_args(hint)
         if value not in allowed:
-            near = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1)
-            hint_ = f"; did you mean {near[0]!r}?" if near else "."
-            raise UserError(f"{what} is {value!r}{hint_} Choices: {', '.join(map(str, allowed))}.")
+            near = near_miss(value, map(str, allowed))
+            raise UserError(f"{what} is {value!r}{near} Choices: {', '.join(map(str, allowed))}.")
         return value
     if get_origin(hint) in (Union, types.UnionType):
         members = get_args(hint)
