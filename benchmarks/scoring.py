@@ -15,12 +15,11 @@ import json
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from hf_engine import clock
 from torch import Tensor
 from trl.trainer.utils import add_fused_lm_head
 
@@ -107,14 +106,6 @@ def _rollouts(engine: HFRolloutEngine, tokens: int, rows: int) -> list[Rollout]:
         if len(kept) >= rows:
             return kept[:rows]
     raise SystemExit(f"only {len(kept)} of {rows} rollouts reached {tokens} tokens with latents.")
-
-
-def clock(work: Callable[[], object], device: torch.device) -> float:
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def run_case(name: str, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
