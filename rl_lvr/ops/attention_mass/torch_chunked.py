@@ -21,18 +21,19 @@ BLOCK_ELEMENTS = 1 << 20  # scores at a time: 4 MiB in float32, what a core's ca
 
 @dataclass(frozen=True)
 class Group:
-    """The rows and heads asked for of one sequence that read one key head."""
+    """The rows asked for of one sequence, and heads: those that read one key head, or all."""
 
     sequence: int
-    key_head: int
-    heads: list[int]
-    columns: list[int]  # of the output, one per head
+    heads: list[int]  # increasing
+    key_heads: list[int]  # one per head
+    columns: list[int] | slice  # of the output, one per head
     start: int  # first row in the output
     times: Tensor  # [n] int64, increasing
 
     def blocks(self, width: int) -> Iterator[Block]:
-        """Cut into pieces whose scores against `width` keys fit BLOCK_ELEMENTS."""
-        step = max(1, BLOCK_ELEMENTS // max(1, width * len(self.heads)))
+        """Cut into pieces of one size whose scores, `width` numbers for each row, fit BLOCK_ELEMENTS."""
+        pieces = -(-len(self.times) * max(1, width) // BLOCK_ELEMENTS)
+        step = -(-len(self.times) // pieces)
         for low in range(0, len(self.times), step):
             times = self.times[low : low + step]
             first, last = times[[0, -1]].tolist()
@@ -53,7 +54,7 @@ class Block:
         """This block's [g,n,...] of values [B,Hq,Tq,...]; a view where its heads and times are runs."""
         heads = self.group.heads
         values = values[self.group.sequence]
-        values = values[heads[0] : heads[-1] + 1] if heads[-1] - heads[0] + 1 == len(heads) else values[heads]
+        values = values[_run(heads)]
         run = self.last - self.first + 1 == len(self.times)
         return values[:, self.first : self.last + 1] if run else values[:, self.times]
 
@@ -61,7 +62,14 @@ class Block:
         return problem.visible(self.group.sequence, self.times, keys)
 
 
-def groups(problem: Problem) -> Iterator[Group]:
+def _run(numbers: list[int]) -> list[int] | slice:
+    """Increasing numbers as an index that makes a view, where they follow each other."""
+    run = numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    return slice(numbers[0], numbers[0] + len(numbers)) if run else numbers
+
+
+def groups(problem: Problem, *, together: bool = False) -> Iterator[Group]:
+    """By sequence and, unless `together`, by key head."""
     batch, queries = problem.query.shape[0], problem.query.shape[2]
     rows = problem.all_rows()
     if problem.rows is not None and not bool((rows[1:] > rows[:-1]).all()):
@@ -69,14 +77,16 @@ def groups(problem: Problem) -> Iterator[Group]:
     starts = torch.searchsorted(rows, torch.arange(batch + 1, device=rows.device) * queries).tolist()
     if starts[0] != 0 or starts[-1] != len(rows):
         raise ValueError(f"rows {int(rows[0])} to {int(rows[-1])}, but there are {batch} x {queries} queries.")
-    by_key_head: dict[int, list[tuple[int, int]]] = {}
+    parts: dict[int, list[tuple[int, int]]] = {}
     for head, column in sorted((head, column) for column, head in enumerate(problem.heads)):
-        by_key_head.setdefault(head // problem.group, []).append((head, column))
+        parts.setdefault(0 if together else head // problem.group, []).append((head, column))
     for sequence, (start, stop) in enumerate(pairwise(starts)):
         times = rows[start:stop] - sequence * queries
-        for key_head, chosen in by_key_head.items():
+        for chosen in parts.values():
             if stop > start:
-                yield Group(sequence, key_head, [h for h, _ in chosen], [c for _, c in chosen], start, times)
+                heads = [head for head, _ in chosen]
+                key_heads = [head // problem.group for head in heads]
+                yield Group(sequence, heads, key_heads, _run([column for _, column in chosen]), start, times)
 
 
 def key_range(problem: Problem, block: Block) -> Tensor:
@@ -88,7 +98,11 @@ def key_range(problem: Problem, block: Block) -> Tensor:
 
 def block_scores(problem: Problem, queries: Tensor, keys: Tensor) -> Tensor:
     """queries [g,n,d], keys [m,d] -> s [g,n,m] after the soft cap, not masked."""
-    s = torch.matmul(queries, keys.transpose(0, 1)).mul_(problem.scale)
+    return capped(problem, torch.matmul(queries, keys.transpose(0, 1)).mul_(problem.scale))
+
+
+def capped(problem: Problem, s: Tensor) -> Tensor:
+    """The soft cap, in place."""
     return s if problem.softcap is None else s.div_(problem.softcap).tanh_().mul_(problem.softcap)
 
 
@@ -130,10 +144,12 @@ def mass(
 ) -> Tensor:
     """[N,H,R]. lse [B,Hq,Tq] with positions [B,S] (`labelled_positions`): path A; both None: path B."""
     out = torch.zeros(problem.size, len(problem.heads), regions, dtype=problem.dtype, device=problem.query.device)
-    for group in groups(problem):
-        parts = _path_b(problem, group, labels, regions, sinks)
+    given = lse is not None and positions is not None
+    for group in groups(problem, together=given):
         if lse is not None and positions is not None:
             parts = _path_a(problem, group, labels, regions, positions, lse)
+        else:
+            parts = _path_b(problem, group, labels, regions, sinks)
         for block, share in parts:
             out[block.places, group.columns] = share.transpose(0, 1)
     return out
@@ -146,22 +162,32 @@ def _path_a(
     at = at[at >= 0].long()
     if not len(at):
         return
-    keys = problem.key[group.sequence, group.key_head, at].to(problem.dtype)
+    # The scale goes onto the few keys, not onto the many scores.
+    keys = {
+        head: problem.key[group.sequence, head, at].to(problem.dtype).mul_(problem.scale).transpose(0, 1)
+        for head in dict.fromkeys(group.key_heads)
+    }
     columns = one_hot(labels[group.sequence, at], regions, problem.dtype)
     masked = problem.window is not None or problem.segments is not None
     last = int(at[-1])
     for block in group.blocks(max(len(at), problem.key.shape[3])):
-        p = block_scores(problem, block.take(problem.query).to(problem.dtype), keys)
-        p.sub_(block.take(lse)[..., None]).exp_()
-        if masked or last > block.first + problem.offset:
-            p.masked_fill_(~block.visible(problem, at), 0.0)
-        yield block, p @ columns
+        queries, denominators = block.take(problem.query).to(problem.dtype), block.take(lse)[..., None]
+        hidden = ~block.visible(problem, at) if masked or last > block.first + problem.offset else None
+        share = columns.new_empty(*queries.shape[:2], regions)
+        scores = columns.new_empty(queries.shape[1], len(at))  # of one head after another: they stay in the cache
+        for i, key_head in enumerate(group.key_heads):
+            p = capped(problem, torch.mm(queries[i], keys[key_head], out=scores))
+            p.sub_(denominators[i]).exp_()
+            if hidden is not None:
+                p.masked_fill_(hidden, 0.0)
+            torch.mm(p, columns, out=share[i])
+        yield block, share
 
 
 def _path_b(
     problem: Problem, group: Group, labels: Tensor, regions: int, sinks: Tensor | None
 ) -> Iterator[tuple[Block, Tensor]]:
-    for block in group.blocks(problem.key.shape[2]):
+    for block in group.blocks(problem.key.shape[2] * len(group.heads)):
         soft, keys = _softmax(problem, block, sinks)
         yield block, soft.weights @ one_hot(labels[group.sequence, keys], regions, problem.dtype)
 
@@ -169,7 +195,7 @@ def _path_b(
 def _softmax(problem: Problem, block: Block, sinks: Tensor | None = None) -> tuple[Softmax, Tensor]:
     keys = key_range(problem, block)
     group = block.group
-    values = problem.key[group.sequence, group.key_head, keys].to(problem.dtype)
+    values = problem.key[group.sequence, group.key_heads[0], keys].to(problem.dtype)
     s = block_scores(problem, block.take(problem.query).to(problem.dtype), values)
     sink = None if sinks is None else sinks[group.heads]
     return Softmax.of(s, block.visible(problem, keys), sink), keys
@@ -181,7 +207,7 @@ def statistics(problem: Problem) -> tuple[Tensor, Tensor]:
     lse = torch.full(shape, -math.inf, dtype=problem.dtype, device=problem.query.device)
     entropy = torch.zeros_like(lse)
     for group in groups(problem):
-        for block in group.blocks(problem.key.shape[2]):
+        for block in group.blocks(problem.key.shape[2] * len(group.heads)):
             soft, _ = _softmax(problem, block)
             lse[block.places, group.columns] = soft.lse.transpose(0, 1)
             entropy[block.places, group.columns] = soft.entropy.transpose(0, 1)
@@ -208,7 +234,7 @@ def gradients(
     d_query = torch.zeros_like(problem.query)
     d_key = torch.zeros_like(problem.key, dtype=problem.dtype)
     for group in groups(problem):
-        for block in group.blocks(problem.key.shape[2]):
+        for block in group.blocks(problem.key.shape[2] * len(group.heads)):
             _block_gradients(problem, block, upstream, labels, lse, sinks, d_query, d_key)
     return d_query, d_key.to(problem.key.dtype)
 
@@ -228,7 +254,7 @@ def _block_gradients(
     visible = block.visible(problem, keys)
     # What nobody sees may hold NaN, and 0 * NaN is NaN.
     values = (
-        problem.key[group.sequence, group.key_head, keys].to(problem.dtype).masked_fill(~visible.any(0)[:, None], 0)
+        problem.key[group.sequence, group.key_heads[0], keys].to(problem.dtype).masked_fill(~visible.any(0)[:, None], 0)
     )
     queries = block.take(problem.query).to(problem.dtype).masked_fill(~visible.any(1)[:, None], 0)
     s = block_scores(problem, queries, values)
@@ -253,7 +279,7 @@ def _block_gradients(
         d_s *= slope
     for i, head in enumerate(group.heads):
         d_query[group.sequence, head, block.times] = (d_s[i] @ values).to(d_query.dtype)
-    d_key[group.sequence, group.key_head, keys] += torch.einsum("gnm,gnd->md", d_s, queries)
+    d_key[group.sequence, group.key_heads[0], keys] += torch.einsum("gnm,gnd->md", d_s, queries)
 
 
 def _take(values: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
