@@ -33,7 +33,7 @@ def run_demo(out: Path, seeds: int, config: LabConfig) -> dict[str, Any]:
     try:
         sets = {name: config.puzzles(name) for name in ("one_hop", "diagnostic", "weak")}
         demo.runner.draw_puzzles(sets, {"train": config.train, "test": config.test})
-        demo.grpo.draw_validation()
+        demo.grpo.draw_held_out()
         for seed in range(seeds):
             results.append(demo.run_seed(seed))
             summary = demo.summary(results)
@@ -49,7 +49,7 @@ class _Demo:
         self.out = out
         self.config = config
         self.runner = Runner(out, config.max_steps)
-        self.grpo = GRPOLab(self.runner, GRPOConfig((GRPO_POLICY,), config))
+        self.grpo = GRPOLab(self.runner, GRPOConfig((GRPO_POLICY,), config, attention=False))
 
     def run_seed(self, seed: int) -> dict[str, Any]:
         """All models and tables of one seed."""
@@ -68,12 +68,13 @@ class _Demo:
         folder, runner = self.out / f"seed-{seed}", self.runner
         clock = time.monotonic()
         grid = f"{self.config.rows}x{self.config.cols}"
-        start = runner.pretrained(folder, self.config.family, grid, seed)
+        pretrain = runner.pretrain_stage(folder, self.config.family, grid, seed, runner.cores)
+        start = pretrain.folder
+        runner.train([[pretrain]])
         seconds = {"pretrain": time.monotonic() - clock}
 
         half = max(runner.cores // 2, 1)
         deep, idle = runner.data("diagnostic"), runner.data("weak")
-        pretrain = Stage("pretrain", "pretrain", folder / "base", runner.data("one_hop"), start, seed, half)
         diagnostic = Stage("diagnostic", "diagnostic", start, deep, folder / "diagnostic", seed, half)
         weak = Stage("weak", "weak", start, idle, folder / "weak", seed, half)
         direct = Stage("direct", "direct", start, deep, folder / "direct", seed, half)

@@ -1,7 +1,7 @@
 """`rl-lvr lab grpo`: what GRPO adds to a model whose supervised training was stopped early, by latent policy.
 
 Per seed: pre-training (or the demo's), an SFT that stops once own latents give every second answer, one GRPO run per
-policy from there, one more with the attention reward, and one step with each engine. Stages are run by `runner.py`.
+policy from there, its twin with the attention reward, and one step with each engine. Stages are run by `runner.py`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,8 +30,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 """What each policy changes in recipes/lab/grpo.yaml; chosen on seed 0, with the same budget for all. The noise of both
 laws turns a latent by about 0.2 radians."""
-ATTENTION = "gaussian"
-"""The policy of the pair with and without the attention reward: latents themselves are actions there."""
+ATTENTION: dict[str, Any] = {
+    "rewards": ["accuracy", json.dumps({"name": "attention", "weight": 1, "options": {"layers": None}})],
+    "multi_objective_aggregation": "normalize_then_sum",
+}
+"""What a twin changes. Within a group the masses differ by about a hundredth: beside right and wrong answers they count
+only if each reward is normalised by itself."""
 MASS = "attention_mass"
 """Attention of the text after the latents on the latents, all layers and heads: that reward's signal, held out."""
 FIRST_STEP: dict[str, Any] = {
@@ -41,10 +45,11 @@ FIRST_STEP: dict[str, Any] = {
     "record_rollouts": "true",
 }
 """Of the comparison of engines: 8 puzzles, 8 completions each."""
+HELD_OUT_SEED = 12
+"""Of the puzzles that the result is measured on. No setting was chosen by them."""
 VLLM_OPTIONS = {"max_model_len": 64, "gpu_memory_utilization": 0.1, "engine_args": {"enforce_eager": True}}
 VLLM_ON_CPU = {"TRITON_INTERPRET": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
 """What vLLM's code for GPUs needs to run without one: its kernels interpreted, in the trainer's process."""
-ATTENTION_REWARDS = ["accuracy", json.dumps({"name": "attention", "weight": 3, "options": {"layers": None}})]
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,8 @@ class GRPOConfig:
     puzzles: LabConfig = field(default_factory=LabConfig)
     source: str | None = None
     """A demo's folder whose pre-trained models are used, by seed."""
+    attention: bool = True
+    """Whether each policy has a twin with the attention reward."""
 
     @property
     def sets(self) -> dict[str, PuzzleConfig]:
@@ -115,22 +122,27 @@ class GRPOLab:
         """Pictures of neither training nor test: by them the SFT is stopped."""
         return self.runner.data("stop") / "val.parquet"
 
+    @property
+    def held_out(self) -> Path:
+        """Puzzles by which no setting was chosen: the test puzzles of the diagnostic set are looked at all the time."""
+        return self.runner.data("held_out") / "test.parquet"
+
     def draw_puzzles(self) -> None:
-        counts = {"train": self.config.puzzles.train, "test": self.config.puzzles.test}
         sets = self.config.sets
         if self.config.source is not None:
             del sets["one_hop"]
-        self.runner.draw_puzzles(sets, counts)
-        self.draw_validation()
+        self.runner.draw_puzzles(sets, {"train": self.config.puzzles.train, "test": self.config.puzzles.test})
+        self.draw_held_out()
 
-    def draw_validation(self) -> None:
-        self.runner.draw_puzzles(
-            {"stop": self.config.puzzles.puzzles("diagnostic")}, {"train": 0, "val": 300, "test": 0}
-        )
+    def draw_held_out(self) -> None:
+        puzzles = self.config.puzzles.puzzles("diagnostic")
+        self.runner.draw_puzzles({"stop": puzzles}, {"train": 0, "val": 300, "test": 0})
+        fresh = replace(puzzles, seed=HELD_OUT_SEED)
+        self.runner.draw_puzzles({"held_out": fresh}, {"train": 0, "val": 0, "test": self.config.puzzles.test})
 
     def run(self, seeds: Sequence[int]) -> list[dict[str, Any]]:
         """All models and figures of these seeds, two processes beside each other."""
-        starts = [self.start_stage(seed, self._pretrained(seed)) for seed in seeds]
+        starts = [self.start_stage(seed, folder) for seed, folder in zip(seeds, self._pretrained(seeds), strict=True)]
         tables: dict[Path, dict[str, Any]] = {}
 
         def measure(stage: Stage) -> None:
@@ -138,37 +150,40 @@ class GRPOLab:
             say(f"seed {stage.seed}, {stage.name}: {_line(found)}")
 
         self.runner.train(_lanes(starts), measure)
-        pairs = [self._attention(seed) for seed in seeds]
-        runs = {(seed, policy): self.stage(seed, policy) for seed in seeds for policy in self.config.policies}
-        ordered = [
-            stage
-            for seed, twin in zip(seeds, pairs, strict=True)
-            for stage in (*(runs[seed, policy] for policy in self.config.policies), twin)
-            if stage is not None
-        ]
-        self.runner.train(_lanes(ordered), measure)
+        kinds = (False, True) if self.config.attention else (False,)
+        runs = {
+            (seed, policy, attention): self.stage(seed, policy, attention=attention)
+            for seed in seeds
+            for policy in self.config.policies
+            for attention in kinds
+        }
+        self.runner.train(_lanes(list(runs.values())), measure)
         return [
             {
                 "seed": seed,
                 "start": {"own": tables[start.folder]["own"], "oracle": tables[start.folder]["oracle"]}
                 | {"steps": start.step()[0], MASS: tables[start.folder][MASS]},
                 "policies": {
-                    policy: self._row(runs[seed, policy], start, twin if policy == ATTENTION else None, tables)
+                    policy: self._row(runs[seed, policy, False], start, runs.get((seed, policy, True)), tables)
                     for policy in self.config.policies
                 },
             }
-            for seed, start, twin in zip(seeds, starts, pairs, strict=True)
+            for seed, start in zip(seeds, starts, strict=True)
         ]
 
-    def _pretrained(self, seed: int) -> Path:
+    def _pretrained(self, seeds: Sequence[int]) -> list[Path]:
+        """Their models, trained two beside each other if they are not there."""
         if self.config.source is not None:
-            return Path(self.config.source) / f"seed-{seed}" / "pretrain"
+            return [Path(self.config.source) / f"seed-{seed}" / "pretrain" for seed in seeds]
         puzzles = self.config.puzzles
-        folder = self.runner.out / f"seed-{seed}"
-        return self.runner.pretrained(folder, puzzles.family, f"{puzzles.rows}x{puzzles.cols}", seed)
-
-    def _attention(self, seed: int) -> Stage | None:
-        return self.stage(seed, ATTENTION, attention=True) if ATTENTION in self.config.policies else None
+        grid = f"{puzzles.rows}x{puzzles.cols}"
+        threads = self.half if len(seeds) > 1 else self.runner.cores
+        stages = [
+            self.runner.pretrain_stage(self.runner.out / f"seed-{seed}", puzzles.family, grid, seed, threads)
+            for seed in seeds
+        ]
+        self.runner.train(_lanes(stages))
+        return [stage.folder for stage in stages]
 
     def _row(
         self, stage: Stage, start: Stage, attention: Stage | None, tables: dict[Path, dict[str, Any]]
@@ -206,14 +221,14 @@ class GRPOLab:
         home = self.runner.out / f"seed-{seed}"
         chosen = {"latent_policy": policy, **SETTINGS[policy], **settings}
         if attention:
-            chosen["rewards"] = ATTENTION_REWARDS
+            chosen |= ATTENTION
         return Stage(
             name, "grpo", home / "grpo-start", self.data, home / f"grpo-{name}", seed, self.half, "grpo", chosen
         )
 
     def measure(self, stage: Stage) -> dict[str, Any]:
         """Held-out accuracies with own and oracle latents, and the attention on own ones."""
-        return self.runner.evaluate(stage, ("own", "oracle"), self.data / "test.parquet", "--signals", MASS)
+        return self.runner.evaluate(stage, ("own", "oracle"), self.held_out, "--signals", MASS)
 
     def first_steps(self, seed: int) -> dict[str, Any]:
         """The rewards of one step with each engine: same start, same seed."""

@@ -43,37 +43,39 @@ def pairs(summary: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def draw(summary: dict[str, Any], path: Path) -> None:
-    """Left: a line per seed from before to after, by policy. Right: the attention pair, a line per seed."""
+    """By policy, a line per seed: left the accuracy before and after, right the mass without and with that reward."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     policies = summary["policies"]
-    paired = pairs(summary)
-    figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(10, 4), constrained_layout=True, width_ratios=[max(len(policies), 2), 2]
-    )
+    places = {policy: x for x, policy in enumerate(policies)}
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
     colours = ["#4c72b0", "#dd8452", "#55a868", "#8172b3"]
-    for x, found in enumerate(policies.values()):
+
+    def line(axis: Any, policy: str, before: float, after: float) -> None:
+        x = places[policy]
+        axis.plot((x - 0.2, x + 0.2), (before, after), color=colours[x % 4], marker="o", markersize=4)
+
+    for policy, found in policies.items():
         for row in found["seeds"]:
-            places, values = (x - 0.2, x + 0.2), (row["own_before"], row["own_after"])
-            left.plot(places, values, color=colours[x % 4], marker="o", markersize=4)
-        left.annotate(f"{found['gain']:+.2f}", (x, 1.0), ha="center", fontsize=9)
-    left.set_xticks(range(len(policies)), list(policies))
-    left.set_xlim(-0.5, len(policies) - 0.5)
+            line(left, policy, row["own_before"], row["own_after"])
+        left.annotate(f"{found['gain']:+.2f}", (places[policy], 1.0), ha="center", fontsize=9)
     left.set_ylim(0, 1.08)
     left.set_ylabel(f"accuracy, own latents, {summary['n']} held-out puzzles")
     left.set_title("Before and after GRPO, a line per seed", fontsize=11)
-    for row in paired:
+    masses = []
+    for row in pairs(summary):
         mass = row["attention_mass"]
-        right.plot((0, 1), (mass["without"], mass["with"]), color=colours[2], marker="o", markersize=4)
-    right.set_xticks((0, 1), ("accuracy alone", "and attention"))
-    right.set_xlim(-0.4, 1.4)
-    right.set_ylim(0, 1.15 * max([0.01, *(value for row in paired for value in row["attention_mass"].values())]))
+        line(right, row["policy"], mass["without"], mass["with"])
+        masses += mass.values()
+    right.set_ylim(0, 1.15 * max(0.01, *masses) if masses else 1)
     right.set_ylabel("attention of the answer on the latents")
-    right.set_title(f"The attention reward ({paired[0]['policy']})" if paired else "No attention run", fontsize=11)
+    right.set_title("Without and with the attention reward" if masses else "No attention run", fontsize=11)
     for axis in (left, right):
+        axis.set_xticks(range(len(policies)), list(policies))
+        axis.set_xlim(-0.5, len(policies) - 0.5)
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -211,15 +211,14 @@ class Runner:
         for child, name in started:
             child.wait(f"drawing the puzzles {name}")
 
-    def pretrained(self, folder: Path, family: str, grid: str, seed: int) -> Path:
-        """The pre-trained model of a seed; built and trained below `folder` if it is not there."""
+    def pretrain_stage(self, folder: Path, family: str, grid: str, seed: int, threads: int) -> Stage:
+        """The pre-training of a seed below `folder`, on a model that is built if it is not there."""
         base = folder / "base"
-        stage = Stage("pretrain", "pretrain", base, self.data("one_hop"), folder / "pretrain", seed, self.cores)
+        stage = Stage("pretrain", "pretrain", base, self.data("one_hop"), folder / "pretrain", seed, threads)
         if not (base / "config.json").is_file() and not stage.finished:
             words = ["lab", "build", "--out", str(base), "--family", family, "--grid", grid, "--seed", str(seed)]
             self.call(words, folder / "build.txt", "building the model")
-        self.train([[stage]])
-        return stage.folder
+        return stage
 
     # ---- training and measuring
 
