@@ -10,15 +10,20 @@ from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, Literal, cast
 
-from rewards.mathematics import same_mathematics
+from rewards.letters import letter
+from rewards.mathematics import LONGEST, same_mathematics
 
 Source = Literal["any", "tags", "boxed", "line"]
 Kind = Literal["auto", "choice", "numeric", "exact", "math"]
 
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _BOX = r"\boxed{"
-_LETTER = re.compile(r"[\s(\[]*([A-Za-z])\s*(?:[)\].:]+.*)?", re.DOTALL)
-_SENTENCE = re.compile(r"(?:answer|option|choice)\s*(?:is|:)?\s*[(\[]?([A-Z])\b[)\].]*\s*$")
+_FORMULA = re.compile(r"(?<!\\)\$\$?(.+?)(?<!\\)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_STRONG = re.compile(r"(?<![\w)])\*\*(?=\S)(.+?)(?<=\S)\*\*(?![\w(])")
+"""Not the power of Python."""
+_STATED = re.compile(r".*\b(?:is|are|be|equals?|answer\s*:)(?:\s*:)?\s+(?=\S)", re.DOTALL | re.IGNORECASE)
+_WORDS = re.compile(r"(?<![\\{A-Za-z])[A-Za-z]{2,}[:,]?\s")
+_PLAIN = str.maketrans({"\u2212": "-", "\u2013": "-"})
 _NUMBER = re.compile(
     r"(?<![\w^.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d{1,30}|(?=\.\d))(?:\.\d{1,30})?(?:[eE][-+]?\d{1,2})?(?:\s*/\s*\d{1,30})?"
     r"(?!\d|\.\d)"
@@ -68,24 +73,31 @@ def normalise(answer: str) -> str:
     return " ".join(answer.casefold().split()).strip(" .,:;!?\"'()[]")
 
 
-def letter(text: str) -> str | None:
-    """The option that a multiple-choice answer names: `B`, `(b)`, `B. red`, or what ends in "answer is B"."""
-    whole = _LETTER.fullmatch(text.strip())
-    if whole:
-        return whole[1].upper()
-    sentence = _SENTENCE.search(text)
-    return sentence[1] if sentence else None
-
-
 def number(text: str) -> Fraction | None:
     """The last number in `text`, exactly: 1,234.5, 3/4, 1e-3. Units and percent signs do not count."""
-    found = _NUMBER.findall(text)
+    found = _NUMBER.findall(text.translate(_PLAIN).replace("{,}", ","))
     if not found:
         return None
     top, _, bottom = found[-1].replace(",", "").replace(" ", "").partition("/")
     if bottom and int(bottom) == 0:
         return None
     return Fraction(top) / (int(bottom) if bottom else 1)
+
+
+def formula(text: str) -> str:
+    """The mathematics in an answer that may be a sentence: the last one between dollars or the like, or what follows
+    "is" or a colon. A text without words is one formula.
+    """
+    text = text.strip()
+    if len(text) > LONGEST or not _WORDS.search(text):
+        return text
+    text = _STRONG.sub(r"\1", text)
+    found = _FORMULA.findall(text)
+    if found:
+        return next(filter(None, found[-1])).strip(" .")
+    stated = _STATED.match(text)
+    piece = text[stated.end() :] if stated else text
+    return piece.rstrip(" .") if piece.count("{") == piece.count("}") else text
 
 
 def kind_of(gold: str) -> Kind:
@@ -119,8 +131,8 @@ def _agree(given: str | None, gold: str, kind: Kind, tolerance: float) -> bool |
         wanted = read(gold)
         if wanted is None:
             return None
-        if kind == "numeric" and given is not None and "\\" in given.replace("\\%", "%"):
-            return same_mathematics(gold, given)
+        if kind == "numeric" and given is not None and "\\" in re.sub(r"\\[%$]", "", given):
+            return same_mathematics(gold, formula(given))
         found = None if given is None else read(given)
         if found is None or kind == "choice":
             return bool(found == wanted)
@@ -128,4 +140,4 @@ def _agree(given: str | None, gold: str, kind: Kind, tolerance: float) -> bool |
     if given is None:
         return False
     same = normalise(given) == normalise(gold)
-    return same if same or kind == "exact" else same_mathematics(gold, given)
+    return same if same or kind == "exact" else same_mathematics(gold, formula(given))

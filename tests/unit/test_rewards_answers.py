@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rewards.accuracy import accuracy
-from rewards.answers import boxed, correct, extract, kind_of, letter, normalise, number, text_of
+from rewards.answers import boxed, correct, extract, formula, kind_of, normalise, number, text_of
 from rl_lvr.evaluation import matching
 
 
@@ -42,19 +42,6 @@ def test_boxed_finds_any_balanced_content(content: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("B", "B"), ("(b)", "B"), ("B. red", "B"), ("[C]", "C"), ("The answer is D.", "D"), ("option: (A)", "A")],
-)
-def test_a_letter_is_read(text: str, expected: str) -> None:
-    assert letter(text) == expected
-
-
-@pytest.mark.parametrize("text", ["A cat", "red", "AB", "I think so", "", "the answer is Dog"])
-def test_no_letter_is_read_from_words(text: str) -> None:
-    assert letter(text) is None
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
     [
         ("1,234.5", 1234.5),
         ("3/4", 0.75),
@@ -63,6 +50,10 @@ def test_no_letter_is_read_from_words(text: str) -> None:
         ("-.5", -0.5),
         ("3 + 4 = 7", 7),
         ("50%", 50),
+        ("The answer is **42**.", 42),
+        ("So it is \u22123.", -3),
+        ("1{,}000 cells", 1000),
+        (r"That makes \$5.", 5),
     ],
 )
 def test_a_number_is_read(text: str, expected: float) -> None:
@@ -120,6 +111,42 @@ def test_conversations_are_read_as_their_text() -> None:
 def test_mathematics(gold: str, given_: str, same: bool | None) -> None:
     assert correct([f"<answer>{given_}</answer>"], [gold], "math") == [same]
     assert correct([r"\boxed{\frac{3}{4}}", r"\boxed{75\%}"], ["0.75", "75"], "numeric") == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (r"The answer is $\frac{1}{2}$.", r"\frac{1}{2}"),
+        (r"Thus, **\(x = 3\)**.", "x = 3"),
+        (r"Not $\frac{1}{2}$ but \[\frac{1}{3}\]", r"\frac{1}{3}"),
+        ("So the function is x^2+1.", "x^2+1"),
+        (r"Answer: \sqrt{2}.", r"\sqrt{2}"),
+        ("x**2+y**2", "x**2+y**2"),
+        (r"\sin x", r"\sin x"),
+        (r"\text{It is } 2\sqrt{3}", r"\text{It is } 2\sqrt{3}"),
+        ("is " * 1000, ("is " * 1000).strip()),
+    ],
+)
+def test_a_formula_is_taken_from_its_sentence(text: str, expected: str) -> None:
+    assert formula(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("gold", "text", "same"),
+    [
+        (r"\frac{1}{2}", "It follows.\nThe answer is 1/2.", True),
+        (r"\frac{1}{2}", r"It is not $\frac{1}{2}$ but $\frac{1}{3}$.", False),
+        (r"2\pi", r"Answer: **$2\pi$**", True),
+        (r"\pi", r"The answer is $2\pi$.", False),
+        ("x^2+1", "So the function is x^2+1.", True),
+        ("0.5", r"The answer is $\frac{1}{2}$.", True),
+        ("42", r"So the area is $42\text{ cm}^2$.", True),
+        ("4", "The answer is 42.", False),
+        ("42", "There are **42** cells.", True),
+    ],
+)
+def test_an_answer_in_a_sentence(gold: str, text: str, same: bool) -> None:
+    assert correct([text], [gold]) == [same]
 
 
 def test_an_expression_that_never_ends_is_wrong_and_harms_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
