@@ -23,12 +23,12 @@ from PIL import Image
 from rl_lvr import cli
 from rl_lvr.errors import UserError
 from rl_lvr.lab.tokenizer import build_tokenizer
-from rl_lvr.latents.format import get_format
+from rl_lvr.latents.format import FormatIds, get_format
 from rl_lvr.rollout.checks import Limits
 from rl_lvr.rollout.server import protocol
 from rl_lvr.rollout.server.engine import ServerRolloutEngine
 from rl_lvr.rollout.types import Capability, Request, Sampling
-from rl_lvr.rollout.vllm import calls
+from rl_lvr.rollout.vllm import calls, wire
 from rl_lvr.rollout.vllm.calls import Answer
 from rl_lvr.rollout.vllm.settings import LatentSettings
 from rl_lvr.rollout.vllm.slots import FED, FORCED, SLOT
@@ -176,6 +176,51 @@ def test_a_request_that_cannot_run_is_named(request_: Request, words: str) -> No
     with pytest.raises(UserError, match=words) as told:
         calls.check(4, request_, SETTINGS)
     assert str(told.value).startswith("request 4")
+
+
+@pytest.mark.parametrize("seed", [-1, -7, 2**63])
+def test_a_seed_that_vllm_would_not_use_is_refused(seed: int) -> None:
+    with pytest.raises(UserError, match=f"the seed {seed} cannot be used with vLLM"):
+        calls.sampling_fields(Request([1]), seed, Sampling(), SETTINGS)
+    for good in (0, 2**63 - 1):
+        assert calls.sampling_fields(Request([1]), good, Sampling(), SETTINGS)["seed"] == good
+
+
+def test_numbers_beyond_use_are_cut_or_refused() -> None:
+    fields = calls.sampling_fields(Request([1]), 0, Sampling(max_tokens=2**70, top_k=2**70), SETTINGS)
+    assert (fields["max_tokens"], fields["top_k"]) == (64, 50)
+    fields = calls.sampling_fields(Request([1]), 0, Sampling(max_tokens=7, top_k=3), SETTINGS)
+    assert (fields["max_tokens"], fields["top_k"]) == (7, 3)
+    with pytest.raises(UserError, match=r"sigma is 1e\+39"):
+        calls.sampling_fields(Request([1]), 0, Sampling(sigma=1e39), SETTINGS)
+
+
+ROWS = wire.to_text(torch.ones(2, 4))
+OPENING = replace(SETTINGS, markers=FormatIds(get_format("monet", k=3), 7, 8, 9))
+
+
+@pytest.mark.parametrize(
+    ("settings_", "prompt", "more", "fits"),
+    [
+        (OPENING, [1, 2], {}, True),
+        (OPENING, [1, 2], {"latent_intervention": "zeros"}, True),
+        (OPENING, [1, 2, 7, 8], {wire.PROMPT_VECTORS: ROWS, wire.PROMPT_POSITIONS: [2, 3]}, False),
+        (OPENING, [1, 2], {"latent_intervention": "none"}, False),
+        (OPENING, [1, 2], {"latent_intervention": "markers_only"}, False),
+        (replace(SETTINGS, markers=FormatIds(LVR, 7, 8, 9)), [1, 2], {}, False),
+        (replace(SETTINGS, markers=FormatIds(get_format("slots"), 7, 8, 9)), [1, 2], {}, False),
+    ],
+)
+def test_a_completion_opens_with_start_only_where_that_means_something(
+    settings_: LatentSettings, prompt: list[int], more: dict[str, Any], fits: bool
+) -> None:
+    calls.checked_args("r", {}, [1, 2], 0, settings_)
+    if fits:
+        assert calls.checked_args("r", {"latent_opens": 1, **more}, prompt, 0, settings_).opens
+        return
+    calls.checked_args("r", more, prompt, 0, settings_)
+    with pytest.raises(UserError, match="latent_opens is for formats whose first latent comes before_start"):
+        calls.checked_args("r", {"latent_opens": 1, **more}, prompt, 0, settings_)
 
 
 # ---- the client

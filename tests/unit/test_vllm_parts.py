@@ -85,6 +85,59 @@ def test_a_slot_forgets_its_last_request():
     assert tables.span.k[1] == 2
 
 
+HUGE = [
+    ({}, {"top_p": 1e39}),
+    ({"k": 2**63}, {}),
+    ({"filler_id": 2**63}, {}),
+    ({"seed": 2**63}, {}),
+    ({"intervention": Intervention.OWN}, {"sigma": 1e39}),
+]
+
+
+@pytest.mark.parametrize(("fields", "more"), HUGE)
+def test_a_number_that_does_not_fit_is_refused_before_anything_is_written(fields, more):
+    tables = SlotTables(settings(), 2, torch.float32, torch.device("cpu"))
+    sigma = more.pop("sigma", 0.0)
+    before = {name: table.clone() for name, table in vars(tables).items() if torch.is_tensor(table)}
+    with pytest.raises(UserError, match=r"the number (9223372036854775808|1e\+39), which is too large"):
+        tables.add(1, LatentArgs(Request([1, 2], **fields), sigma), params(**more), broken=False)
+    assert all(torch.equal(getattr(tables, name), table) for name, table in before.items())
+    tables.add(1, LatentArgs(Request([1, 2], k=2**62, filler_id=2**62, seed=2**63 - 1)), params(), broken=False)
+
+
+def test_any_top_k_beyond_the_vocabulary_means_all_tokens():
+    tables = SlotTables(settings(), 2, torch.float32, torch.device("cpu"))
+    for top_k, kept in ((2**63, 50), (2**64, 50), (7, 7), (0, 0), (-1, -1)):
+        tables.add(0, LatentArgs(Request([1, 2])), params(top_k=top_k), broken=False)
+        assert int(tables.top_k[0]) == kept
+
+
+def test_the_memory_of_all_tables_is_counted():
+    """Three requests: history and supplied vectors (6 x 4 float32 each), the next latent, marks of 41 positions."""
+    tables = SlotTables(settings(), 3, torch.float32, torch.device("cpu"))
+    vectors, marks = 2 * 3 * 6 * 4 * 4 + 3 * 4 * 4, 3 * 41
+    assert vectors + marks < tables.nbytes < vectors + marks + 3 * 200
+    tables.add(
+        0, LatentArgs(Request([1], vectors=torch.ones(2, 4), intervention=Intervention.GIVEN)), params(), broken=False
+    )
+    assert tables.nbytes < vectors + marks + 3 * 200, "nothing is allocated later"
+    assert torch.equal(tables.vectors[0, :2], torch.ones(2, 4))
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_a_request_that_opens_with_start_still_does_when_taken_away_in_its_prompt(kept):
+    """Under `before_start`: preempted in a chunked prefill nothing is written yet, later START is."""
+    markers = FormatIds(get_format("monet", k=3), 7, 8, 9)
+    tables = SlotTables(settings(markers), 2, torch.float32, torch.device("cpu"))
+    marks = torch.zeros(40, dtype=torch.int8)
+    marks[2], marks[3] = START | FORCED | FED, SLOT | FORCED | FED
+    tables.add(0, LatentArgs(Request([1, 2]), opens=True), params(), broken=False)
+    places = tables.resume(0, [1, 2, 7, 8][: 2 + kept], 2, marks, torch.ones(6, 4))
+    assert bool(tables.opens[0]) == (kept == 0)
+    assert bool(tables.span.inside[0]) == (kept > 0)
+    assert len(places) == kept
+
+
 @pytest.mark.parametrize("kept", range(8))
 def test_a_request_resumes_where_its_tokens_leave_it(kept):
     """Prompt of 2, then text, START, SLOT x 3, END, text; plain tokens stand as filler."""

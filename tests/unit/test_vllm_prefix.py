@@ -48,6 +48,14 @@ def test_latents_in_a_prompt_are_shared_by_content():
     assert len(prefix.latent_keys(both, 0, 4)) == 2
 
 
+@pytest.mark.parametrize(("vectors", "positions"), [(3, [1]), (["AAAA"], [1]), ("AAAA", 1), ("AAAA", None)])
+def test_faulty_latents_in_a_prompt_are_nobodys_but_the_requests(vectors, positions):
+    """The workers refuse them; the scheduler, which sees them first, would take everybody down with an error."""
+    extra = {wire.PROMPT_VECTORS: vectors, wire.PROMPT_POSITIONS: positions}
+    one, two = (prefix.latent_keys(request([1, SLOT, 2], name=name, **extra), 0, 3) for name in "ab")
+    assert one != two
+
+
 def test_a_request_that_says_nothing_of_latents_is_not_exempt():
     bare = request([1], [START, SLOT, 2])
     bare.sampling_params = None

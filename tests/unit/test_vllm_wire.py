@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -76,6 +77,14 @@ def test_defaults_are_not_sent_and_keys_of_others_are_left_alone():
         ({"latent_intervention": "oqn"}, "latent_intervention is 'oqn'"),
         ({"latent_sigma": -1}, "latent_sigma is -1; it must be 0 or more"),
         ({"latent_sigma": "much"}, "it must be 0 or more"),
+        ({"latent_sigma": 1e39}, "latent_sigma is 1e+39; it must be 0 or more, at most 1e+06"),
+        ({"latent_sigma": float("nan")}, "it must be 0 or more"),
+        ({"latent_k": 2**63}, "latent_k is 9223372036854775808; it must be a whole number, 0 to 1073741824"),
+        ({"latent_k": -1}, "it must be a whole number, 0 to"),
+        ({"latent_filler": 2**63}, "latent_filler is 9223372036854775808; it must be a whole number, 0 to"),
+        ({"latent_opens": 2}, "latent_opens is 2; it must be 0 or 1"),
+        ({"latent_opens": "yes"}, "it must be 0 or 1"),
+        ({"latent_opens": 1.0}, "it must be 0 or 1"),
         ({"latent_vectors": "?!"}, "base64"),
         ({"latent_vectors": "AAAA"}, "no rows of 4"),
         ({"latent_vectors": 3}, "must be text"),
@@ -84,5 +93,5 @@ def test_defaults_are_not_sent_and_keys_of_others_are_left_alone():
     ],
 )
 def test_faulty_values_are_refused_in_one_sentence(extra, words):
-    with pytest.raises(UserError, match=words.replace("(", r"\(").replace("?", r"\?")):
+    with pytest.raises(UserError, match=re.escape(words)):
         wire.decode(extra, [1], 0, WIDTH)

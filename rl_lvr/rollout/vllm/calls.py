@@ -16,6 +16,7 @@ from torch import Tensor
 from rl_lvr.errors import UserError
 from rl_lvr.latents.interventions import Intervention
 from rl_lvr.rollout.checks import check_request, starts_with_own
+from rl_lvr.rollout.spanstate import open_span
 from rl_lvr.rollout.types import Request, Rollout, Sampling, StopReason
 from rl_lvr.rollout.vllm import wire
 from rl_lvr.rollout.vllm.prompts import collapse
@@ -92,12 +93,28 @@ def checked_args(
             f"request {where}: the prompt ends in a start token whose own embedding is a latent (before_start): leave "
             f"that token out and send {wire.OPENS} = 1."
         )
+    if args.opens and not _may_open(args.request, settings):
+        raise UserError(
+            f"request {where}: {wire.OPENS} is for formats whose first latent comes before_start, prompts that end "
+            "outside of a span, and interventions that feed vectors: leave it out."
+        )
     if structured and args.request.intervention is not Intervention.NONE:
         raise UserError(
             f"request {where}: latents cannot be combined with structured outputs: send {wire.INTERVENTION} = 'none', "
             "or leave the structure out."
         )
     return args
+
+
+def _may_open(request: Request, settings: LatentSettings) -> bool:
+    """Whether the completion may be made to begin with a START whose latent is the model's own."""
+    markers = settings.markers
+    return (
+        settings.thinks
+        and markers.format.first == "before_start"
+        and request.intervention.feeds_vectors
+        and open_span(request.prompt_ids, markers) is None
+    )
 
 
 def prompt_ids(index: int, request: Request, settings: LatentSettings) -> list[int]:
@@ -116,12 +133,15 @@ def sampling_fields(
     """The fields of vLLM's `SamplingParams`. Text, numbers and lists only."""
     if sampling.noise != "gaussian":
         raise UserError(f"vLLM draws gaussian noise only, not {sampling.noise}: use the engine hf.")
+    if sampling.sigma > wire.MOST_SIGMA:
+        raise UserError(f"sigma is {sampling.sigma}; vLLM's workers take {wire.MOST_SIGMA:.0e} at most.")
+    check_seed(seed)
     opens = starts_with_own(request, settings.markers)
     return {
-        "max_tokens": sampling.max_tokens + opens,
+        "max_tokens": min(sampling.max_tokens, settings.limits.max_positions) + opens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
+        "top_k": min(sampling.top_k, settings.limits.vocabulary),
         "min_p": sampling.min_p,
         "repetition_penalty": sampling.repetition_penalty,
         "seed": seed,
@@ -131,6 +151,12 @@ def sampling_fields(
         "logprobs": 0,
         "extra_args": wire.encode(wire.LatentArgs(request, sampling.sigma, uid, opens)),
     }
+
+
+def check_seed(seed: int) -> None:
+    """vLLM takes -1 for "no seed", and would then draw other tokens every time."""
+    if not 0 <= seed < wire.SEEDS:
+        raise UserError(f"the seed {seed} cannot be used with vLLM: choose one from 0 to 2^63 - 1.")
 
 
 def answer_of(output: Any, which: int, vectors: bytes, marks: bytes, dtype: torch.dtype, width: int) -> Answer:

@@ -66,10 +66,14 @@ def latent_keys(request: Any, start: int, end: int) -> list[tuple[str, str]]:
     params = request.sampling_params
     extra = (params.extra_args or {}) if params is not None else {}
     if wire.PROMPT_VECTORS in extra and not _latent_ids.isdisjoint(tokens[:prompt]):
-        keys.append(("latents", _digest(extra[wire.PROMPT_VECTORS], tuple(extra.get(wire.PROMPT_POSITIONS, ())))))
+        vectors, positions = extra[wire.PROMPT_VECTORS], extra.get(wire.PROMPT_POSITIONS)
+        if isinstance(vectors, str) and isinstance(positions, list):
+            keys.append(("latents", _digest(vectors, str(positions))))
+        else:  # the workers will refuse this request; an error here would end the engine
+            keys.append(("latents", request.request_id))
     return keys
 
 
 @lru_cache(maxsize=16)
-def _digest(vectors: str, positions: tuple[int, ...]) -> str:
+def _digest(vectors: str, positions: str) -> str:
     return hashlib.sha256(f"{positions} {vectors}".encode()).hexdigest()

@@ -43,10 +43,6 @@ class LatentSettings:
         """Whether the format generates latents at all."""
         return self.markers.start is not None and self.markers.format.feedback == "hidden"
 
-    def history_bytes(self, requests: int, element: int) -> int:
-        """Device memory for the latents of `requests` requests, `element` bytes per number."""
-        return requests * self.max_latents * self.limits.hidden_size * element
-
 
 def as_config(format_: LatentFormat, max_latents: int) -> dict[str, Any]:
     """The value of `additional_config` that makes `settings_of` give these settings in every worker."""

@@ -5,9 +5,12 @@ All are allocated once and written in place, so that nothing here waits for the 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from rl_lvr.errors import UserError
 from rl_lvr.latents.interventions import Intervention
 from rl_lvr.rollout.feeding import with_noise
 from rl_lvr.rollout.spanstate import SpanState, latents_per_span, open_span
@@ -60,11 +63,20 @@ class SlotTables:
         self.history = table(dtype, room, width)
         self.marks = table(torch.int8, settings.limits.max_positions + 1)
         """By absolute position, of generated tokens only."""
-        self.vectors: Tensor | None = None
-        """[slots, room, H] supplied vectors; made when the first request brings some."""
+        self.vectors = table(dtype, room, width)
+        """Supplied vectors. Made at the start too: later the key-value cache has taken the memory."""
 
-    def add(self, slot: int, args: LatentArgs, sampling: object, *, broken: bool) -> None:
-        """Start a request in `slot`. `sampling` is vLLM's SamplingParams."""
+    @property
+    def nbytes(self) -> int:
+        """Memory on the device."""
+        members = [*vars(self).values(), *vars(self.span).values()]
+        return sum(member.nbytes for member in members if isinstance(member, Tensor))
+
+    def add(self, slot: int, args: LatentArgs, sampling: Any, *, broken: bool) -> None:
+        """Start a request in `slot`. `sampling` is vLLM's SamplingParams.
+
+        UserError, and nothing is written, if a number does not fit into its table.
+        """
         request, kind, markers = args.request, args.request.intervention, self._settings.markers
         fed = open_span(request.prompt_ids, markers) if not broken else None
         span = self.span
@@ -86,15 +98,17 @@ class SlotTables:
             (self.zeros, kind is Intervention.ZEROS),
             (self.supplied, request.vectors is not None),
             (self.vector_count, 1 if request.vectors is None else len(request.vectors)),
-            *((getattr(self, name), getattr(sampling, name)) for name in ("temperature", "min_p", "top_p", "top_k")),
+            *((getattr(self, name), getattr(sampling, name)) for name in ("temperature", "min_p", "top_p")),
+            (self.top_k, min(sampling.top_k, self._settings.limits.vocabulary)),
             (self.feed, False),
         )
+        for table, value in values:
+            if not _fits(value, table.dtype):
+                raise UserError(f"the request holds the number {value}, which is too large for latents: lower it.")
         for table, value in values:
             table[slot] = value
         self.marks[slot].zero_()
         if request.vectors is not None:
-            if self.vectors is None:
-                self.vectors = torch.zeros_like(self.history)
             self.vectors[slot, : len(request.vectors)] = request.vectors.to(self._dtype)
 
     def resume(self, slot: int, ids: list[int], prompt: int, marks: Tensor, vectors: Tensor) -> Tensor:
@@ -114,22 +128,33 @@ class SlotTables:
             counted |= kinds == START
         span = self.span
         span.inside[slot], span.fed[slot], span.total[slot] = fed is not None, fed or 0, int(counted.sum())
-        self.opens[slot] = False
+        if len(ids) > prompt:  # else it was taken away in its prompt, and START is still to come
+            self.opens[slot] = False
         places = prompt + (output & FED).nonzero()[:, 0]
         self.history[slot, : len(places)] = vectors[: len(places)].to(self.history.device)
         self.marks[slot, prompt : len(ids)] = output.to(self.marks.device)
         return places
 
-    def choose(self, own: Tensor, slots: Tensor, positions: Tensor, index: Tensor, *, noise: bool) -> Tensor:
+    def choose(
+        self, own: Tensor, slots: Tensor, positions: Tensor, index: Tensor, *, noise: bool, supplied: bool
+    ) -> Tensor:
         """What to feed at `positions` [N] as latents number `index` [N] of their completions. [N, H]
 
-        `own` [N, H] is f(h). As `rollout.feeding.VectorSource`, for rows that stay in place.
+        `own` [N, H] is f(h). As `rollout.feeding.VectorSource`, for rows that stay in place. `noise`, `supplied`:
+        whether there may be rows with noise, or with vectors of their own.
         """
         z = own
         if noise:
             z = with_noise(own, self.seeds[slots], positions, self.sigma[slots], self.matched[slots], self.unit[slots])
         z = z.masked_fill(self.zeros[slots][:, None], 0)
-        if self.vectors is not None:
+        if supplied:
             given = self.vectors[slots, index.clamp(min=0) % self.vector_count[slots]]
             z = torch.where(self.supplied[slots][:, None], given, z)
         return z.to(self._dtype)
+
+
+def _fits(value: float, dtype: torch.dtype) -> bool:
+    if dtype is torch.bool:
+        return True
+    limits = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
+    return limits.min <= value <= limits.max

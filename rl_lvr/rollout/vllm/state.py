@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from vllm.logger import init_logger
+from vllm.sampling_params import SamplingParams
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
@@ -70,6 +71,7 @@ class LatentModelState(DefaultModelState):
         """While the runner takes requests away: the finished and the preempted."""
         self._planted: dict[str, _Planted] = {}
         self._noisy: set[str] = set()
+        self._supplied: set[str] = set()
         self._shy: set[str] = set()
         banned = set(markers.never_sampled)
         if markers.start is not None and not self.settings.thinks:
@@ -77,11 +79,10 @@ class LatentModelState(DefaultModelState):
         self._never = torch.tensor(sorted(banned), dtype=torch.long, pin_memory=device.type == "cuda")
         self._banned = self._never.to(device, copy=True)
         self._pairs = torch.zeros(self.max_num_reqs, 2, device=device)
-        size = self.settings.history_bytes(self.max_num_reqs, torch.finfo(self.dtype).bits // 8)
         logger.info(
-            "Latents of format %r: %.1f MiB for %d requests x %d latents x %d (max_num_seqs, max_latents, width).",
+            "Latents of format %r: %.1f MiB for %d requests x 2 x %d latents x %d (max_num_seqs, max_latents, width).",
             markers.format.name,
-            size / 2**20,
+            self.tables.nbytes / 2**20,
             self.max_num_reqs,
             self.settings.max_latents,
             self.settings.limits.hidden_size,
@@ -104,6 +105,7 @@ class LatentModelState(DefaultModelState):
         if sampling is None:
             return
         args, error = self._args(request_id, ids[:prompt_len], sampling)
+        error = self._start(req_index, args, sampling, error)
         room = (sampling.max_tokens or self.max_model_len) + 1
         live = Live(
             slot=req_index,
@@ -116,13 +118,27 @@ class LatentModelState(DefaultModelState):
         if error is not None:
             logger.error("Ended: %s", error)
         self.history.live[request_id] = live
-        self.tables.add(req_index, args, sampling, broken=error is not None)
         kind = args.request.intervention
         if args.sigma or kind in (Intervention.NOISE, Intervention.UNIT_NOISE):
             self._noisy.add(request_id)
+        if args.request.vectors is not None:
+            self._supplied.add(request_id)
         if kind is Intervention.NONE:
             self._shy.add(request_id)
         self._plant(request_id, live, args, ids)
+
+    def _start(self, slot: int, args: wire.LatentArgs, sampling: Any, error: str | None) -> str | None:
+        """Fill the tables of a slot; what is wrong with the request, if anything is. Raises nothing that a request can
+        cause: vLLM would end with it."""
+        if error is None:
+            try:
+                self.tables.add(slot, args, sampling, broken=False)
+            except UserError as fault:
+                error = str(fault)
+        if error is not None:
+            plain = wire.LatentArgs(Request(args.request.prompt_ids))
+            self.tables.add(slot, plain, SamplingParams(), broken=True)
+        return error
 
     def _args(self, request_id: str, prompt: list[int], sampling: Any) -> tuple[wire.LatentArgs, str | None]:
         """What the request asks for; if that is impossible, a harmless request and what is wrong."""
@@ -159,6 +175,7 @@ class LatentModelState(DefaultModelState):
         super().remove_request(req_id)
         self._planted.pop(req_id, None)
         self._noisy.discard(req_id)
+        self._supplied.discard(req_id)
         self._shy.discard(req_id)
         if self.leaving is not None:
             finished, preempted = self.leaving
@@ -254,7 +271,9 @@ class LatentModelState(DefaultModelState):
         marks = torch.where(active, marks, tables.marks[slots, positions]).to(torch.int8)
         tables.marks[slots, positions] = marks
         own = feedback(self.model, self.model.latent_hidden)
-        latents = tables.choose(own, slots, positions, span.total - 1, noise=bool(self._noisy))
+        latents = tables.choose(
+            own, slots, positions, span.total - 1, noise=bool(self._noisy), supplied=bool(self._supplied)
+        )
         tables.next_latent.index_copy_(0, slots, latents)
         tables.feed[slots] = feed
         last = (span.total - 1).clamp(0, self.settings.max_latents - 1)

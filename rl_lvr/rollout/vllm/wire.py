@@ -34,6 +34,13 @@ OPENS = "latent_opens"
 KEYS = (INTERVENTION, K, SIGMA, UID, FILLER, VECTORS, PROMPT_VECTORS, PROMPT_POSITIONS, OPENS)
 _PREFIX = "latent_"
 
+MOST = 2**30
+"""Of every whole number but seeds: more than anybody needs, and little enough for the 32-bit tables of a worker, where
+a number that does not fit would end the whole engine."""
+MOST_SIGMA = 1e6
+SEEDS = 2**63
+"""A seed is below this; vLLM takes -1 for "no seed"."""
+
 
 @dataclass(frozen=True)
 class LatentArgs:
@@ -98,14 +105,17 @@ def decode(wire: Mapping[str, Any] | None, prompt_ids: Sequence[int], seed: int,
     if (positions is None) != (vectors is None):
         raise UserError(f"{PROMPT_VECTORS} and {PROMPT_POSITIONS} go together: give both or neither.")
     if vectors is not None and positions is not None:
-        if not isinstance(positions, list) or not all(isinstance(place, int) for place in positions):
+        if not isinstance(positions, list) or not all(type(place) is int for place in positions):
             raise UserError(f"{PROMPT_POSITIONS} must be a list of whole numbers.")
         request = replace(request, prompt_latents=(vectors, positions))
     sigma = ours.get(SIGMA, 0.0)
-    if isinstance(sigma, bool) or not isinstance(sigma, int | float) or not 0 <= sigma < float("inf"):
-        raise UserError(f"{SIGMA} is {sigma!r}; it must be 0 or more.")
+    if isinstance(sigma, bool) or not isinstance(sigma, int | float) or not 0 <= sigma <= MOST_SIGMA:
+        raise UserError(f"{SIGMA} is {sigma!r}; it must be 0 or more, at most {MOST_SIGMA:.0e}.")
+    opens = ours.get(OPENS, 0)
+    if not isinstance(opens, int) or opens not in (0, 1):
+        raise UserError(f"{OPENS} is {opens!r}; it must be 0 or 1.")
     uid = ours.get(UID)
-    return LatentArgs(request, float(sigma), None if uid is None else str(uid), bool(ours.get(OPENS, 0)))
+    return LatentArgs(request, float(sigma), None if uid is None else str(uid), bool(opens))
 
 
 def to_text(vectors: Tensor) -> str:
@@ -126,8 +136,8 @@ def from_text(text: str, hidden_size: int) -> Tensor:
 
 def _whole(wire: Mapping[str, Any], key: str) -> int | None:
     value = wire.get(key)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-        raise UserError(f"{key} is {value!r}; it must be a whole number.")
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MOST):
+        raise UserError(f"{key} is {value!r}; it must be a whole number, 0 to {MOST}.")
     return value
 
 
