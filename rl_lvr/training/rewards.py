@@ -19,7 +19,16 @@ from rl_lvr.training.rewarding.finding import Found, find
 from rl_lvr.training.rewarding.guard import RewardError, guard
 from rl_lvr.training.rewarding.options import FROM_TRAINER, options_of, signal_names, with_options
 
-__all__ = ["MADE_BY_TRAINER", "RewardError", "RewardSpec", "Schedule", "load_rewards", "signals_of", "weights_at"]
+__all__ = [
+    "MADE_BY_TRAINER",
+    "RewardError",
+    "RewardSpec",
+    "Schedule",
+    "load_rewards",
+    "require_whole_groups",
+    "signals_of",
+    "weights_at",
+]
 
 KEYS = ("name", "label", "weight", "schedule", "signals", "options", "on_error", "timeout")
 TIMEOUT = 300.0
@@ -107,6 +116,28 @@ def weights_at(specs: Sequence[RewardSpec], step: int) -> list[float]:
     return [spec.weight_at(step) for spec in specs]
 
 
+def require_whole_groups(specs: Sequence[RewardSpec], args: Any) -> None:
+    """Refuse a reward that takes `group` where a group is shared by processes, each of which sees its own rows only.
+
+    `args` are those of the trainer (TRL's GRPOConfig, which sees to it that all processes together hold whole groups).
+    """
+    batch = args.per_device_train_batch_size * args.steps_per_generation
+    places = [(batch, args.num_generations, "per_device_train_batch_size x steps_per_generation", "num_generations")]
+    if args.eval_strategy != "no":
+        size, setting = args.num_generations, "num_generations"
+        if args.num_generations_eval:
+            size, setting = args.num_generations_eval, "num_generations_eval"
+        places.append((args.per_device_eval_batch_size, size, "per_device_eval_batch_size", setting))
+    for rows, size, of_rows, of_size in places:
+        taker = next((spec for spec in specs if "group" in spec.takes), None)
+        if taker is not None and rows % size:
+            raise UserError(
+                f"reward {taker.name!r} compares the completions of a group, but each of the {args.world_size} "
+                f"processes holds {rows} completions ({of_rows}), no whole groups of {size} ({of_size}): make the one "
+                "a multiple of the other, or leave the reward out."
+            )
+
+
 def _load(entry: str | Mapping[str, Any], beside: Path | None) -> RewardSpec:
     fields = _fields(entry)
     name = fields["name"]
@@ -120,7 +151,8 @@ def _load(entry: str | Mapping[str, Any], beside: Path | None) -> RewardSpec:
     on_error = fields.get("on_error", "stop")
     if on_error not in ("stop", "exclude"):
         raise UserError(f"reward {name!r}: on_error is {on_error!r}; choose stop or exclude.")
-    timeout = fields.get("timeout", TIMEOUT)
+    # What has a timeout of its own, as the judge per attempt, knows better than a limit on the whole batch.
+    timeout = fields.get("timeout", None if "timeout" in options_of(found.target) else TIMEOUT)
     if timeout is not None and not (_finite(timeout) and timeout > 0):
         raise UserError(f"reward {name!r}: timeout is {timeout!r}; it must be a number of seconds above 0, or null.")
     weight = fields.get("weight", 1.0)

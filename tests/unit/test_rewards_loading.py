@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from rl_lvr.errors import UserError
 from rl_lvr.training.rewarding import finding
-from rl_lvr.training.rewards import Schedule, load_rewards, signals_of, weights_at
+from rl_lvr.training.rewards import Schedule, load_rewards, require_whole_groups, signals_of, weights_at
 
 OWN = '''
 """A user's file."""
@@ -216,6 +217,41 @@ def test_a_spec_knows_what_it_takes(own: str) -> None:
     assert takes["necessity"] == {"completions", "answer", "necessity_completions"}
     assert takes["length_excess"] == {"completions", "completion_ids", "answer", "group"}
     assert takes["looks"] == {"completions", "attention_mass"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        (
+            {"num_generations": 8},
+            "holds 4 completions (per_device_train_batch_size x steps_per_generation), no whole groups",
+        ),
+        ({"num_generations": 8, "gradient_accumulation_steps": 2}, None),
+        ({"num_generations": 4}, None),
+        ({"num_generations": 2, "eval_strategy": "epoch", "num_generations_eval": 4}, "2 completions (per_device_eval"),
+        ({"num_generations": 2, "eval_strategy": "no", "num_generations_eval": 4}, None),
+        ({"num_generations": 2, "eval_strategy": "epoch"}, None),
+        ({"num_generations": 4, "processes": 1, "eval_strategy": "epoch", "per_device_eval_batch_size": 4}, None),
+        ({"num_generations": 8, "names": ["accuracy", "format"]}, None),
+    ],
+)
+def test_a_reward_of_groups_needs_whole_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict, problem: str | None
+) -> None:
+    """On TRL's own arguments: what it accepts is not refused for rewards that look at each completion alone."""
+    from trl import GRPOConfig
+
+    changes = dict(changes)
+    processes, names = changes.pop("processes", 2), changes.pop("names", ["accuracy", "length_excess"])
+    monkeypatch.setattr(GRPOConfig, "world_size", processes)
+    given = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 2, "use_cpu": True, "report_to": "none"}
+    args = GRPOConfig(output_dir=str(tmp_path), **given | changes)
+    if problem is None:
+        require_whole_groups(load_rewards(names), args)
+        return
+    with pytest.raises(UserError, match=re.escape(problem)) as caught:
+        require_whole_groups(load_rewards(names), args)
+    assert str(caught.value).startswith("reward 'length_excess' compares the completions of a group, but each of the 2")
 
 
 def test_weights_follow_their_schedules() -> None:
