@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import json
 import os
 import random
 import re
@@ -11,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import httpx
 
@@ -53,9 +54,9 @@ class Judge:
 
     `url` is the endpoint up to /v1, https or loopback; `key_file` or `key_env` names where its key is. `instruction`
     may hold {question}, {answer} and {response}. An attempt ends after `timeout` seconds; `retries` more follow, each
-    after twice the wait. `cache` is a JSONL file. `budget_calls` and `budget_tokens` end all calls of this process.
-    A completion that gets no score stops the run, or (`on_failure: exclude`) is not scored, as is one without a
-    reference that the instruction speaks of.
+    after twice the wait. `cache` is a JSONL file. `budget_calls` and `budget_tokens` end all calls; each process of a
+    run has an equal share. A completion that gets no score stops the run, or (`on_failure: exclude`) is not scored, as
+    is one without a reference that the instruction speaks of.
     """
 
     url: str
@@ -86,7 +87,17 @@ class Judge:
         for name, least in (("timeout", 0.001), ("retries", 0), ("backoff", 0), ("concurrency", 1), ("max_tokens", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
-        self._headers = {} if (key := self._key()) is None else {"Authorization": f"Bearer {key}"}
+        self.budget_calls = _share("budget_calls", self.budget_calls)
+        self.budget_tokens = _share("budget_tokens", self.budget_tokens)
+        key = self._key()
+        self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        # As it is, in JSON, in JSON that escapes slashes, in a URL, and as Python shows it.
+        forms = (
+            ()
+            if key is None
+            else (key, json.dumps(key)[1:-1], key.replace("/", r"\/"), quote(key, ""), repr(key)[1:-1])
+        )
+        self._secrets = sorted(set(forms), key=len, reverse=True)
         self._cache = JudgeCache(self.cache)
 
     def _key(self) -> str | None:
@@ -103,6 +114,12 @@ class Judge:
         if not key or not key.isascii() or not key.isprintable():
             raise ValueError(f"the {where} holds no key.")
         return key
+
+    def _masked(self, text: str) -> str:
+        """What others wrote, fit for a message: an endpoint may echo the key."""
+        for secret in self._secrets:
+            text = text.replace(secret, "[key]")
+        return text
 
     async def __call__(
         self,
@@ -191,11 +208,12 @@ class Judge:
         except (TimeoutError, httpx.TimeoutException) as error:
             raise _AgainError(f"the judge did not answer within {self.timeout:g} s") from error
         except httpx.TransportError as error:
-            raise _AgainError(f"the judge at {self.url} cannot be reached ({error or type(error).__name__})") from error
+            problem = self._masked(str(error)) or type(error).__name__
+            raise _AgainError(f"the judge at {self.url} cannot be reached ({problem})") from None
         if reply.status_code == 429 or reply.status_code >= 500:
             raise _AgainError(f"the judge answered with status {reply.status_code}", _seconds(reply))
         if reply.status_code != 200:
-            raise JudgeError(f"the judge answered with status {reply.status_code}: {reply.text[:200]!r}")
+            raise JudgeError(f"the judge answered with status {reply.status_code}: {self._masked(reply.text)[:200]!r}")
         return self._score(reply)
 
     def _score(self, reply: httpx.Response) -> float:
@@ -205,12 +223,23 @@ class Judge:
             if self.budget_tokens is not None:
                 self.tokens += int(message["usage"]["total_tokens"])
         except (ValueError, KeyError, IndexError, TypeError) as error:
-            raise _AgainError(f"the judge's reply is not that of an OpenAI-compatible endpoint ({error!r})") from error
+            problem = f"{type(error).__name__}: {self._masked(str(error))[:200]}"
+            # Not `from error`: a traceback would print what the endpoint wrote.
+            raise _AgainError(f"the judge's reply is not that of an OpenAI-compatible endpoint ({problem})") from None
         found = _NUMBER.findall(text or "")
         low, high = self.scale
         if not found or not low <= float(found[-1]) <= high:
-            raise _AgainError(f"the judge replied {text!r:.80}, which is no number from {low:g} to {high:g}")
+            shown = text if text is None else self._masked(text)
+            raise _AgainError(f"the judge replied {shown!r:.80}, which is no number from {low:g} to {high:g}")
         return float(found[-1])
+
+
+def _share(name: str, budget: int | None) -> int | None:
+    """This process's part of a run's budget. `WORLD_SIZE` is how launchers tell a process how many there are."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if budget is not None and budget < processes:
+        raise ValueError(f"{name} is {budget}; it must be at least 1 for each of the processes, {processes} in all.")
+    return None if budget is None else budget // processes
 
 
 def _check_url(url: str) -> None:

@@ -30,7 +30,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     test.add_argument("--step", type=int, metavar="N", help="only the rollouts of this step")
     test.add_argument("--limit", type=int, metavar="N", help="only the first N rollouts")
     test.add_argument("--on-error", choices=("stop", "exclude"), default="stop", help="on a faulty sample (stop)")
-    test.add_argument("--timeout", type=float, default=300.0, metavar="SECONDS", help="for the whole call (300)")
+    test.add_argument(
+        "--timeout", type=float, metavar="SECONDS", help="for the whole call (300; none if the reward has its own)"
+    )
     test.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -93,7 +95,9 @@ def _test(args: argparse.Namespace) -> int:
 
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit is {args.limit}; it must be at least 1.")
-    entry = {"name": args.name, "options": _options(args.option), "on_error": args.on_error, "timeout": args.timeout}
+    entry = {"name": args.name, "options": _options(args.option), "on_error": args.on_error}
+    if args.timeout is not None:
+        entry["timeout"] = args.timeout
     (spec,) = load_rewards([entry])
     rollouts = read_rollouts(args.data)
     if args.step is not None:

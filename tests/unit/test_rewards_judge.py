@@ -8,15 +8,18 @@ import itertools
 import json
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 import pytest
 
 from rewards.judge import Judge, JudgeError
 from rl_lvr.errors import UserError
+from rl_lvr.training import rewards
 from rl_lvr.training.rewards import load_rewards
 
 ROWS = {"prompts": ["q1", "q2"], "completions": ["right", "wrong"], "answer": ["right", "right"]}
@@ -136,6 +139,44 @@ def test_the_key_is_sent_and_never_shown(endpoint: Endpoint, tmp_path: Path, mon
             judge(endpoint, **options)
 
 
+@pytest.mark.parametrize("key", ["s3cret", "a/b+c==", "q'uo\\te"])
+@pytest.mark.parametrize(
+    "echo",
+    [
+        lambda key, body: (401, f"Incorrect API key provided: {key}."),
+        lambda key, body: (401, json.dumps({"error": {"message": f"{'x' * 170} {key} is no key"}})),
+        lambda key, body: (401, json.dumps({"error": key}).replace("/", r"\/")),
+        lambda key, body: (401, "at /?key=" + quote(key, "")),
+        lambda key, body: (200, Endpoint.text(f"your key is {key}")),
+        lambda key, body: (200, Endpoint.text("1").replace("10", json.dumps(key + "x"))),
+        lambda key, body: (200, "\xff" + key),
+        lambda key, body: (200, json.dumps({"choices": {"key": key}})),
+    ],
+    ids=["text", "cut", "slashes", "url", "reply", "usage", "bytes", "shape"],
+)
+def test_an_endpoint_that_echoes_the_key_does_not_leak_it(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch, key: str, echo: Callable[[str, dict], tuple]
+) -> None:
+    monkeypatch.setenv("MY_JUDGE_KEY", key)
+
+    def reply(number: int, body: dict) -> tuple:
+        sent = endpoint.requests[-1][0]["Authorization"]
+        return echo(sent.removeprefix("Bearer "), body)
+
+    endpoint.reply = reply
+    options = {"url": endpoint.url, "model": "m", "key_env": "MY_JUDGE_KEY", "retries": 0, "budget_tokens": 100}
+    (spec,) = load_rewards([{"name": "judge", "options": options}])
+    with pytest.raises(UserError) as caught:
+        asyncio.run(spec.function(**ROWS))
+    assert "the judge" in str(caught.value)
+    shown = "".join(traceback.format_exception(caught.value))
+    assert endpoint.requests[-1][0]["Authorization"] == f"Bearer {key}"
+    for form in (key, json.dumps(key)[1:-1], quote(key, ""), key.replace("/", r"\/"), repr(key)[1:-1]):
+        assert form not in shown
+    # Cut off within the key, a message would show its beginning.
+    assert key[:5] not in shown
+
+
 def test_it_tries_again_and_gives_up(endpoint: Endpoint) -> None:
     endpoint.reply = lambda number, body: (503, "busy") if number <= 2 else (200, endpoint.score(body))
     assert ask(judge(endpoint, concurrency=1)) == [1, 0]
@@ -238,6 +279,44 @@ def test_budgets_end_all_calls(endpoint: Endpoint, budget: dict) -> None:
     assert ask(excluding) == [1, None]
     assert ask(excluding) == [1, None]  # what is known stays known
     assert len(endpoint.requests) == 1
+
+
+def test_processes_share_the_budget(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"prompts": list("abcd"), "completions": list("abcd"), "answer": list("abcd")}
+    for processes, asked in (("1", 4), ("2", 2), ("3", 1)):
+        monkeypatch.setenv("WORLD_SIZE", processes)
+        endpoint.requests.clear()
+        scores = asyncio.run(judge(endpoint, concurrency=1, budget_calls=4, on_failure="exclude")(**row))
+        assert len(endpoint.requests) == asked
+        assert scores.count(None) == 4 - asked
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    with pytest.raises(
+        ValueError, match="budget_calls is 4; it must be at least 1 for each of the processes, 5 in all"
+    ):
+        judge(endpoint, budget_calls=4)
+
+
+def test_a_batch_may_take_longer_than_the_guard_waits_for_others(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(rewards, "TIMEOUT", 0.3)
+    endpoint.reply = lambda number, body: (200, endpoint.score(body), {}, 0.5)
+    options = {"url": endpoint.url, "model": "m"}
+    (spec,) = load_rewards([{"name": "judge", "options": options}])
+    assert asyncio.run(spec.function(**ROWS)) == [1, 0]
+    (limited,) = load_rewards([{"name": "judge", "options": options, "timeout": 0.3}])
+    with pytest.raises(UserError, match=r"did not end within 0.3 s"):
+        asyncio.run(limited.function(**ROWS))
+
+    path = tmp_path / "slow.py"
+    path.write_text(
+        "import time\n"
+        "def slow(completions):\n    time.sleep(0.5)\n    return [1.0] * len(completions)\n"
+        "def patient(completions, *, timeout=9.0):\n    return slow(completions)\n"
+    )
+    with pytest.raises(UserError, match=r"did not end within 0.3 s"):
+        load_rewards([f"{path}:slow"])[0].function(completions=["a"])
+    assert load_rewards([f"{path}:patient"])[0].function(completions=["a"]) == [1.0]
 
 
 def test_no_more_than_concurrency_at_once(endpoint: Endpoint) -> None:
