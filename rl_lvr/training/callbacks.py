@@ -32,9 +32,10 @@ class MetricsFile(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero and self.path.is_file():
-            rows = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
-            kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= state.global_step]
-            self.path.write_text("".join(kept), encoding="utf-8")
+            kept = [json.dumps(row) + "\n" for row in _whole_rows(self.path) if row["step"] <= state.global_step]
+            partial = self.path.with_suffix(".partial")
+            partial.write_text("".join(kept), encoding="utf-8")
+            partial.replace(self.path)
 
     def on_log(
         self,
@@ -48,6 +49,27 @@ class MetricsFile(TrainerCallback):
             row = {"step": state.global_step, **logs, "seconds": round(time.monotonic() - self.began, 3)}
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+
+
+def _whole_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file whose last line may have been cut off, as by a kill or a full disk; that one is left out."""
+    rows: list[dict[str, Any]] = []
+    lines = path.read_bytes().split(b"\n")
+    last = len(lines) if lines[-1] else 0  # a line that ends was written whole
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or "step" not in row:
+                raise ValueError("it is no row of a step")
+        except ValueError as error:
+            if number == last:
+                print(f"{path}: its last line, {number}, was cut off and is left out", file=sys.stderr)
+                break
+            raise UserError(f"{path}, line {number} is damaged ({error}): mend or remove it.") from error
+        rows.append(row)
+    return rows
 
 
 class Progress(TrainerCallback):

@@ -14,6 +14,7 @@ from rl_lvr.errors import UserError
 from rl_lvr.training.checkpoints import from_main, newest_whole, require_whole, tidy
 
 RUN_FILE = "run.json"
+PARTIAL_FILE = RUN_FILE + ".partial"
 PACKAGES = (
     "torch",
     "transformers",
@@ -41,6 +42,7 @@ def _open_run(folder: Path, resume: str | None, overwrite: bool) -> str | None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir {folder} is a file.")
     earlier = (folder / RUN_FILE).is_file()
+    (folder / PARTIAL_FILE).unlink(missing_ok=True)
     if earlier:
         tidy(folder)
     checkpoint = None
@@ -88,14 +90,26 @@ def write_run(output_dir: str, verb: str, given: dict[str, Any], resolved: dict[
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / RUN_FILE
-    history = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.is_file() else []
+    history = _starts(path) if path.is_file() else []
     start = {
         "verb": verb,
         "given": {name: value for name, value in given.items() if "token" not in name or "marker" in name},
         "resolved": json.loads(json.dumps(resolved, default=str)),
         "versions": versions(),
     }
-    path.write_text(json.dumps({"starts": [*history, start]}, indent=1) + "\n", encoding="utf-8")
+    partial = folder / PARTIAL_FILE  # a kill at any moment leaves the record that stood there
+    partial.write_text(json.dumps({"starts": [*history, start]}, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _starts(path: Path) -> list[dict[str, Any]]:
+    try:
+        starts: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["starts"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is damaged ({error!r}): remove it; it only records how the run was started."
+        ) from error
+    return starts
 
 
 def versions() -> dict[str, str]:
