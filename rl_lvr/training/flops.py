@@ -11,10 +11,32 @@ from typing import Any
 
 import torch
 
+from rl_lvr.errors import UserError
+
 BACKWARD = 2
 """A backward pass costs twice its forward pass: gradients of inputs and of weights."""
-_DENSE_BFLOAT16 = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "A10": 125e12}
-"""Vendor's figures per second, without sparsity, of the SXM part where there are several."""
+DENSE_BFLOAT16 = {
+    "A100": 312e12,
+    "A10": 125e12,
+    "A10G": 70e12,
+    "B200": 2250e12,
+    "GB200": 2500e12,
+    "GH200": 989e12,
+    "H100": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIE": 756e12,
+    "H200": 989e12,
+    "H200 NVL": 835e12,
+    "L4": 121e12,
+    "L40": 181e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "RTX 5090": 209e12,
+}
+"""Operations per second from NVIDIA's data sheets, on tensor cores with float32 accumulation, without sparsity (sheets
+that print the sparse figure alone: half of it). Without another word the SXM part is meant."""
+_OTHER_PARTS = {"MIG", "LAPTOP", "MAX", "D"}
+"""Words of a name that make it another part than the table's: a slice of a GPU, notebooks, the 4090 D."""
 
 
 def forward_flops(config: Any, lengths: Sequence[int], scored: int) -> float:
@@ -33,9 +55,24 @@ def forward_flops(config: Any, lengths: Sequence[int], scored: int) -> float:
     return float(layers + 2 * hidden * config.vocab_size * scored)
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """What the GPU could do per second in half precision; None where that is not known, and on other hardware."""
+def peak_of(name: str) -> float | None:
+    """The peak of the GPU that CUDA calls `name`; None where the table does not have exactly that part."""
+    words = name.upper().replace("-", " ").split()
+    if _OTHER_PARTS & set(words):
+        return None
+    found = [part for part in DENSE_BFLOAT16 if set(part.split()) <= set(words)]
+    return DENSE_BFLOAT16[max(found, key=len)] if found else None
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype, tflops: float | None = None) -> float | None:
+    """What the hardware could do per second: `tflops`, where the user says so, else a known GPU in half precision.
+
+    None where that is not known, and on other hardware.
+    """
+    if tflops is not None:
+        if not tflops > 0:
+            raise UserError(f"peak_tflops is {tflops}; it must be above 0.")
+        return tflops * 1e12
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for part, flops in _DENSE_BFLOAT16.items() if part in name.replace("-", " ").split()), None)
+    return peak_of(torch.cuda.get_device_name(device))
