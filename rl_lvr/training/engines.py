@@ -51,6 +51,14 @@ def check_engine(name: str, options: Mapping[str, Any] | None, config: Any) -> d
         raise UserError(
             f"max_model_len is {longest}: with max_completion_length {answer} no prompt has room; raise it."
         )
+    if (given.get("engine_args") or {}).get("quantization"):
+        raise UserError(
+            f"engine_args has quantization {given['engine_args']['quantization']!r}, and a trainer's weights cannot go "
+            "into a quantized model: leave it out."
+        )
+    from rl_lvr.rollout.vllm.guards import check_runtime
+
+    check_runtime()
     return given
 
 

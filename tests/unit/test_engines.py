@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rl_lvr.errors import UserError
+from rl_lvr.rollout.vllm import guards
 from rl_lvr.training.engines import Sleeper, check_engine, make_engine
 from rl_lvr.training.grpo_config import LatentGRPOConfig
 
@@ -37,6 +38,7 @@ def test_vllm_takes_its_rows_and_its_length_from_the_run():
         ("vllm", {"colour": 9}, {}, "choose from max_model_len"),
         ("vllm", None, {}, r"lacks max_model_len.*max_completion_length \(50\)"),
         ("vllm", {"max_model_len": 50}, {}, "no prompt has room"),
+        ("vllm", {"max_model_len": 99, "engine_args": {"quantization": "fp8"}}, {}, "'fp8', .* leave it out"),
         ("server", {"url": "http://127.0.0.1:1"}, {}, "keeps the weights .* started with, .* set weights_folder"),
         ("server", {"weights_folder": "w"}, {}, "lacks url"),
         ("server", {"weight_folder": "w"}, {}, "no 'weight_folder'; did you mean 'weights_folder'"),
@@ -46,6 +48,16 @@ def test_vllm_takes_its_rows_and_its_length_from_the_run():
 def test_what_cannot_be_is_refused_before_there_is_a_model(name, options, changes, words):
     with pytest.raises(UserError, match=words):
         check_engine(name, options, config(**changes))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU only")
+def test_vllm_without_a_gpu_or_an_interpreter_is_refused_before_there_is_a_model(monkeypatch):
+    options = {"max_model_len": 99, "engine_args": {"enforce_eager": True}}
+    assert check_engine("vllm", options, config())["max_model_len"] == 99
+    monkeypatch.setattr(guards, "interpreted", lambda: False)  # Triton decides that once, on import
+    with pytest.raises(UserError, match="set TRITON_INTERPRET=1 in the environment before the start"):
+        check_engine("vllm", options, config())
+    assert check_engine("hf", None, config()) == {}
 
 
 def test_hf_is_the_trainers_own(load_tiny):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -75,6 +76,28 @@ def test_a_worker_without_the_plugin_is_noticed():
         guards.check_workers([ready, {"ready": False, "model": "Qwen2ForCausalLM"}], MARKERS)
     with pytest.raises(UserError, match="save the processor beside the model"):
         guards.check_workers([ready | {"markers": [1, 2, 3]}], MARKERS)
+
+
+ASK_FOR_RUNTIME = """
+from rl_lvr.errors import UserError
+from rl_lvr.rollout.vllm import guards
+try:
+    guards.check_runtime()
+    print("runs")
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU only")
+@pytest.mark.parametrize(("interpret", "words"), [("0", "set TRITON_INTERPRET=1 in the environment"), ("1", "runs")])
+def test_a_machine_without_a_gpu_needs_tritons_interpreter(interpret, words):
+    environment = {**os.environ, "TRITON_INTERPRET": interpret}
+    told = subprocess.run(
+        [sys.executable, "-c", ASK_FOR_RUNTIME], capture_output=True, text=True, env=environment, timeout=200
+    )
+    assert words in told.stdout, told.stderr
+    assert told.stdout.count("\n") == 1
 
 
 # ---- hooks

@@ -7,6 +7,7 @@ import tempfile
 import uuid
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ class VLLMRolloutEngine:
     ) -> None:
         """`colocated`: in this process, beside a trainer, whose weights then need not travel. See `colocated.py`."""
         guards.check_version()
+        guards.check_runtime()
         guards.check_hooks()
         folder = checkpoint_folder(model)
         self.format = format
@@ -58,9 +60,12 @@ class VLLMRolloutEngine:
             folder, format, self.tokenizer, max_latents=max_latents, max_positions=max_model_len
         )
         self.markers = self.settings.markers
+        self._fault: str | None = None
+        """Why nothing can be generated, and what to do about it."""
         self._names = (f"{uuid.uuid4().hex[:8]}-{i}" for i in itertools.count())
 
         from vllm import LLM
+        from vllm.usage.usage_lib import UsageContext
 
         arguments: dict[str, Any] = {
             "max_model_len": max_model_len,
@@ -79,8 +84,12 @@ class VLLMRolloutEngine:
             **as_config(format, max_latents),
         }
         self._guest = torch.distributed.is_initialized()
+        arguments |= {"model": str(folder), "worker_extension_cls": EXTENSION}
         with beside_a_trainer(arguments) if colocated else nullcontext():
-            self.llm = LLM(model=str(folder), worker_extension_cls=EXTENSION, **arguments)
+            config = guards.engine_config(_engine_args(arguments), UsageContext.LLM_CLASS)
+            if not guards.takes_weights(config):
+                self.capabilities -= {Capability.WEIGHTS}
+            self.llm = LLM(**arguments)
         guards.check_workers(self.llm.collective_rpc("latent_status"), self.markers)
         selftest.run(self.llm, self.settings)
 
@@ -88,6 +97,8 @@ class VLLMRolloutEngine:
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
         """One rollout per request, in their order."""
+        if self._fault is not None:
+            raise UserError(self._fault)
         for index, request in enumerate(requests):
             calls.check(index, request, self.settings)
         if not requests:
@@ -158,12 +169,25 @@ class VLLMRolloutEngine:
     # ---- weights and life
 
     def sync_weights(self, model: nn.Module) -> None:
-        """Take over the weights of a trainer's model in this process; adapters are merged in for the copy."""
-        mine, theirs = self.llm.llm_engine.vllm_config.model_config.hf_config, unwrapped(model).config
+        """Take over the weights of a trainer's model in this process; adapters are merged in for the copy.
+
+        If this fails nothing is generated until it has succeeded: nobody knows what the weights are then.
+        """
+        config = self.llm.llm_engine.vllm_config.model_config
+        if not guards.takes_weights(self.llm.llm_engine.vllm_config):
+            raise UserError(
+                f"a model in {config.quantization} cannot take a trainer's weights: leave quantization out of "
+                "engine_args, and start from an unquantized checkpoint."
+            )
+        mine, theirs = config.hf_config, unwrapped(model).config
         if mine.model_type != theirs.model_type:
             raise UserError(f"a {theirs.model_type} model's weights cannot go into a {mine.model_type} engine.")
         sent = Receipt()
         named = checkpoint_weights(model, self.dtype, sent)
+        self._fault = (
+            "the last sync_weights failed, so nobody knows which weights this engine has: call sync_weights again, or "
+            "start another engine."
+        )
         try:
             if _in_process(self.llm):
                 rows = self.llm.collective_rpc("latent_load", args=(named,))
@@ -174,17 +198,24 @@ class VLLMRolloutEngine:
         finally:
             for _ in named:  # what was not loaded counts as sent, and under ZeRO-3 other ranks wait for this one
                 pass
-        if not self.llm.reset_prefix_cache():
+            emptied = self.llm.reset_prefix_cache()
+            self.llm.llm_engine.reset_encoder_cache()
+        if not emptied:
             raise RuntimeError("vLLM kept prefixes of the old weights: requests are still running.")
-        self.llm.llm_engine.reset_encoder_cache()
         for rank, row in enumerate(rows):
             got = Receipt(*row)
             if not sent.agrees(got):
                 raise RuntimeError(f"worker {rank} did not take over the weights: sent {sent}, it has {got}.")
+        self._fault = None
 
     def sleep(self, level: int = 1) -> None:
         """Give memory back until `wake`; level 2 drops the weights, so sync them after waking."""
         self.llm.sleep(level)
+        if level > 1:
+            self._fault = (
+                f"the engine has slept at level {level}, which drops its weights: call sync_weights after wake, or "
+                "sleep at level 1."
+            )
 
     def wake(self) -> None:
         self.llm.wake_up()
@@ -195,6 +226,17 @@ class VLLMRolloutEngine:
             leave(self.llm.llm_engine.engine_core)
         else:
             self.llm.llm_engine.engine_core.shutdown()
+
+
+def _engine_args(arguments: dict[str, Any]) -> Any:
+    """What `LLM(**arguments)` makes of its arguments, as far as they are the engine's."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    names = {field.name for field in fields(EngineArgs)}
+    known = {name: value for name, value in arguments.items() if name in names and value is not None}
+    if isinstance(known.get("compilation_config"), int):  # LLM's short form
+        known["compilation_config"] = {"mode": known["compilation_config"]}
+    return EngineArgs(**known)
 
 
 def _only(index: int, rows: list[list[Any]]) -> list[Any]:

@@ -10,13 +10,16 @@ import importlib.metadata
 import inspect
 from collections.abc import Mapping, Sequence
 from functools import reduce
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
+import torch
 from packaging.version import Version
 
 from rl_lvr.errors import UserError
 from rl_lvr.latents.format import FormatIds
+from rl_lvr.ops.backends import interpreted
 
 OLDEST, BEYOND = Version("0.30"), Version("0.34")
 
@@ -145,14 +148,50 @@ def _lacks(missing: list[str]) -> UserError:
     return UserError(f"this vLLM lacks {', '.join(missing)}, which latents need: pip install 'rl-lvr[vllm]'.")
 
 
+def check_runtime() -> None:
+    """Refuse a machine without a GPU that does not interpret vLLM's kernels either: their traceback says little."""
+    if torch.cuda.is_available() or (find_spec("triton") is not None and interpreted()):
+        return
+    raise UserError(
+        "vLLM with latents needs an NVIDIA GPU, or Triton's interpreter, which is slow and good for tests: set "
+        "TRITON_INTERPRET=1 in the environment before the start (docs/setup.md), or use the engine hf."
+    )
+
+
+def engine_config(arguments: Any, usage: Any) -> Any:
+    """vLLM's configuration from its EngineArgs, checked; UserError also for what vLLM itself refuses."""
+    try:
+        config = arguments.create_engine_config(usage)
+    except ValueError as error:
+        raise UserError(f"vLLM refuses these settings: {_sentence(error)}") from error
+    check_config(config)
+    return config
+
+
+def _sentence(error: ValueError) -> str:
+    """The words in a ValueError, which may be one of pydantic's with a list of everything that it was given."""
+    from pydantic import ValidationError  # comes with vLLM
+
+    if isinstance(error, ValidationError):
+        return str(error.errors()[0]["msg"]).removeprefix("Value error, ")
+    return str(error).strip()
+
+
+def takes_weights(vllm_config: Any) -> bool:
+    """Whether weights of a trainer can take the place of this engine's. Those of a quantized model are others."""
+    return vllm_config.model_config.quantization is None
+
+
 def check_config(vllm_config: Any) -> None:
-    """Refuse settings of an engine under which latents would be lost or wrong. Runs in every worker."""
+    """Refuse settings of an engine under which latents would be lost or wrong. Runs before the start, and in every
+    worker."""
     parallel = vllm_config.parallel_config
 
     def refuse(wrong: bool, what: str, cure: str) -> None:
         if wrong:
             raise UserError(f"latents do not work with {what}: {cure}.")
 
+    refuse(vllm_config.speculative_config is not None, "speculative decoding", "leave speculative_config out")
     refuse(
         not vllm_config.use_v2_model_runner,
         "vLLM's old model runner, which ignores them without a word",
@@ -175,7 +214,6 @@ def check_config(vllm_config: Any) -> None:
         "batch-sharded sampling",
         "set enable_batch_sharded_sampling to false",
     )
-    refuse(vllm_config.speculative_config is not None, "speculative decoding", "leave speculative_config out")
     refuse(
         vllm_config.model_config.runner_type != "generate", "pooling and embedding runs", "start the engine to generate"
     )
