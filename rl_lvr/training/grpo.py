@@ -29,10 +29,10 @@ from rl_lvr.rollout.hf import HFRolloutEngine
 from rl_lvr.rollout.record import FOLDER, RolloutLog
 from rl_lvr.rollout.types import Capability, RolloutEngine, Sampling, latent_batch
 from rl_lvr.signals import parse_signals
-from rl_lvr.training.grpo_checks import CheckedGRPO, check_settings
+from rl_lvr.training.grpo_checks import CheckedGRPO, check_settings, dropout_of, refuse_dropout, refuse_tools
 from rl_lvr.training.grpo_columns import has_span, made_columns, record, require_columns
 from rl_lvr.training.grpo_config import LatentGRPOConfig
-from rl_lvr.training.grpo_idle import Kept, drops_idle
+from rl_lvr.training.grpo_idle import Kept, drops_idle, level_rows
 from rl_lvr.training.grpo_inputs import processed_once
 from rl_lvr.training.grpo_pass import FedModel, own_latents
 from rl_lvr.training.grpo_turn import Turn, build_requests, request_seed
@@ -71,6 +71,7 @@ class LatentGRPOTrainer(CheckedGRPO):
             self.family = family_of(model)
             self.markers = latent_format.bind(tokenizer, self.family.placeholder_ids(tokenizer))
             check_settings(args, latent_format, self.family.hidden_size)
+            refuse_tools(more)
         args.reward_weights = weights_at(self.specs, 0)
         super().__init__(
             model=model,
@@ -86,6 +87,7 @@ class LatentGRPOTrainer(CheckedGRPO):
         self._fed: FedModel | None = None
         self._parity_known = not args.parity_check
         self._synced_step = -1
+        self._level: Tensor | None = None
         self._turns: dict[str, tuple[int, int]] = {}
         if latent_format is not None:
             self._drops_idle = drops_idle(args, router_loss=self.aux_loss_enabled)
@@ -101,6 +103,10 @@ class LatentGRPOTrainer(CheckedGRPO):
     def _prepare(self, latent_format: LatentFormat, engine: RolloutEngine | None) -> None:
         require_columns(self.specs)
         config: LatentGRPOConfig = self.args
+        refuse_dropout(config.latent_policy, *dropout_of(self.model))
+        if config.latent_policy == "context" and hasattr(unwrapped(self.model), FEEDBACK):
+            # Latents are fixed inputs of the policy pass: nothing in it has a gradient, and DDP would wait for one.
+            getattr(unwrapped(self.model), FEEDBACK).requires_grad_(False)
         if engine is None:
             engine = HFRolloutEngine(self.model, self.processing_class, latent_format, batch_size=config.rollout_batch)
         if engine.markers != self.markers:
@@ -247,7 +253,7 @@ class LatentGRPOTrainer(CheckedGRPO):
         self.reward_weights = torch.tensor(weights, dtype=torch.float32)
         if self.markers is None:
             output: dict[str, Any] = super()._generate_and_score_completions(inputs)
-            self._note_learning(output["advantages"], mode)
+            self._note_learning(mode)
             return output
         self._turn = turn = Turn()
         try:
@@ -265,7 +271,11 @@ class LatentGRPOTrainer(CheckedGRPO):
         if not self._corrects:
             output["importance_sampling_ratio"] = torch.ones_like(output["importance_sampling_ratio"])
         self._log_latents(turn.latents, output["prompt_ids"].shape[1], mode)
-        self._note_learning(output["advantages"], mode)
+        # The mean of equal rewards may be another float than they are: what it leaves over is no advantage.
+        assert self._level is not None
+        first = self.accelerator.process_index * len(inputs)
+        output["advantages"] = output["advantages"].masked_fill(self._level[first : first + len(inputs)], 0.0)
+        self._note_learning(mode)
         return output
 
     # ---- scoring passes
@@ -326,6 +336,7 @@ class LatentGRPOTrainer(CheckedGRPO):
             )
         if kept is not None:
             result = (*kept.spread_pass(*result[:2]), result[2])
+        fed.logprobs = result[0].detach()
         if turn is not None and scores:
             turn.latents, turn.old_means, turn.columns = latents, fed.means, fed.columns
             self._check_replay(turn, result[0], attention_mask)
@@ -339,12 +350,15 @@ class LatentGRPOTrainer(CheckedGRPO):
         self, inputs: list[dict[str, Any]], prompts: Any, completions: Any, completion_ids_list: Any
     ) -> Tensor:
         """The parent hands over the columns of `inputs` only; signals and facts of rollouts become more of them."""
-        if self.markers is None:
-            return self._without_errors(super()._calculate_rewards(inputs, prompts, completions, completion_ids_list))
-        turn = self._turn
-        assert turn is not None
         mode = self._mode
         size = self.num_generations if mode == "train" else self.num_generations_eval
+        each = self.multi_objective_aggregation == "normalize_then_sum"
+        if self.markers is None:
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            self._level = level_rows(rewards, self.reward_weights, size, each=each)
+            return self._without_errors(rewards)
+        turn = self._turn
+        assert turn is not None
         first = self.accelerator.process_index * len(prompts)
         groups = [(first + row) // size for row in range(len(prompts))]
         if self._rolls_out_again:
@@ -368,7 +382,9 @@ class LatentGRPOTrainer(CheckedGRPO):
             mine = rewards[first : first + len(prompts)].tolist()
             self._record(turn, inputs, prompts, completions, mine, groups)
         excluded = self.accelerator.gather(torch.tensor(turn.excluded, device=rewards.device))
-        return rewards.masked_fill(excluded[:, None], torch.nan)  # TRL leaves them out of their group's mean and std
+        rewards = rewards.masked_fill(excluded[:, None], torch.nan)  # TRL leaves them out of their group's mean and std
+        self._level = level_rows(rewards, self.reward_weights, size, each=each)
+        return rewards
 
     def _record(
         self,
@@ -413,6 +429,7 @@ class LatentGRPOTrainer(CheckedGRPO):
         return self._checked_loss(loss)
 
     def _latent_term(self, fed: FedModel, kept: Kept | None, inputs: Mapping[str, Any], mode: str) -> Tensor:
+        assert fed.logprobs is not None
         latents = LatentBatch.from_tensors(dict(inputs))
         start = inputs["prompt_ids"].shape[1]
         real = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
@@ -431,6 +448,7 @@ class LatentGRPOTrainer(CheckedGRPO):
             old_means=inputs["latent_old_means"],
             reference_means=inputs.get("latent_reference_means"),
             advantages=inputs["advantages"],
+            weights=self._row_weights(fed.logprobs, inputs),
         )
         found = latent_loss(actions, self._pricing)
         count = int(found.count)
@@ -442,6 +460,24 @@ class LatentGRPOTrainer(CheckedGRPO):
         # As the parent's per-sequence losses: a mean over rows, shared out over the accumulated micro-batches.
         steps = self.current_gradient_accumulation_steps if mode == "train" else 1
         return self.args.latent_weight * found.loss / steps
+
+    def _row_weights(self, logprobs: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        """[B], what the parent multiplies the policy loss of a row with (`per_token_loss * off_policy_mask`, `*
+        importance_sampling_ratio`). Ratios of single tokens enter by their mean: a row whose tokens are masked is."""
+        mask = inputs["completion_mask"] * inputs["tool_mask"]
+        weights: Tensor = (inputs["importance_sampling_ratio"] * mask).sum(1) / mask.sum(1).clamp(min=1)
+        if self.off_policy_mask_threshold is not None:
+            weights = (
+                weights
+                * self.get_off_policy_mask(
+                    advantages=inputs["advantages"][:, None],
+                    per_token_logps=logprobs,
+                    sampling_per_token_logps=inputs["sampling_per_token_logps"],
+                    mask=mask,
+                    off_policy_threshold=self.off_policy_mask_threshold,
+                )[:, 0]
+            )
+        return weights
 
     @property
     def _pricing(self) -> Pricing:

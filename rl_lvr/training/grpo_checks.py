@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rl_lvr.errors import UserError
 from rl_lvr.latents.batch import LatentBatch
@@ -14,10 +16,11 @@ from rl_lvr.latents.density import check_sigma
 from rl_lvr.latents.format import LatentFormat
 from rl_lvr.rollout.replay import check_parity
 from rl_lvr.rollout.types import Sampling
+from rl_lvr.training.faults import agree
 from rl_lvr.training.grpo_config import LatentGRPOConfig
 from rl_lvr.training.grpo_pass import own_latents
 from rl_lvr.training.grpo_phases import TimedGRPO
-from rl_lvr.training.grpo_turn import Turn, replay_difference, require_agreement
+from rl_lvr.training.grpo_turn import ROW_SHARE, Turn, replay_difference, require_agreement
 
 PARITY_ROWS = 4
 _log = logging.getLogger(__name__)
@@ -33,22 +36,30 @@ class CheckedGRPO(TimedGRPO):
     def _check_parity(self, turn: Turn, sampling: Sampling) -> None:
         """Before the first step: the engine against the model, and a control with SLOT's embeddings for latents.
 
-        In half precision single numbers say little, and `_check_replay` judges by the mean.
+        In half precision single log-probs say little, and `_check_replay` judges by their mean; latents are compared
+        with the room that rounding needs.
         """
-        with_latents = [row for row, rollout in enumerate(turn.rollouts) if rollout.latent_positions][:PARITY_ROWS]
-        ready = self.accelerator.gather(torch.tensor([bool(with_latents)], device=self.accelerator.device))
-        if self._parity_known or not bool(ready.all()):
+        with_latents = [row for row, rollout in enumerate(turn.rollouts) if rollout.latent_positions]
+        counts = self.accelerator.gather(torch.tensor([len(with_latents)], device=self.accelerator.device))
+        count = min(PARITY_ROWS, int(counts.min()))  # as many in every process: under ZeRO-3 each row is a collective
+        if self._parity_known or not count:
             return
         self._parity_known = True
-        requests = [turn.requests[row] for row in with_latents]
-        report = check_parity(self.engine, self.model, requests, replace(sampling, sigma=0.0))
+        requests = [turn.requests[row] for row in with_latents[:count]]
+        sampling = replace(sampling, sigma=0.0)
+        rollouts = self._rollouts(requests, sampling)
+        report = check_parity(self.engine, self.model, requests, sampling, rollouts=rollouts)
         tolerance, exact = self._tolerance
-        size = max(1.0, *(float(turn.rollouts[row].latents.abs().max()) for row in with_latents))
-        if exact and max(report.max_dh / size, report.max_dlogp) > tolerance:
-            raise UserError(
-                f"the engine does not agree with the model: latents differ by {report.max_dh:.3g}, log-probs by "
-                f"{report.max_dlogp:.3g}, more than replay_tolerance {tolerance:g}. Were the weights synced?"
-            )
+        size = max([1.0, *(float(r.latents.abs().max()) for r in rollouts if len(r.latents))])
+        apart = report.max_dh / size / (1 if exact else ROW_SHARE)
+        if exact:
+            apart = max(apart, report.max_dlogp)
+        problem = (
+            f"the engine does not agree with the model: latents differ by {report.max_dh:.3g}, log-probs by "
+            f"{report.max_dlogp:.3g}, more than replay_tolerance {tolerance:g} allows; its weights are not the "
+            "trainer's"
+        )
+        agree(self.accelerator, None if apart <= tolerance else problem)
         if max(report.control_dh, report.control_dlogp) <= tolerance:
             _log.warning(
                 "the model answers the same with SLOT's own embedding in place of every latent (difference %.3g): "
@@ -58,7 +69,7 @@ class CheckedGRPO(TimedGRPO):
 
     @property
     def _tolerance(self) -> tuple[float, bool]:
-        """What a replay may be off by, and whether that holds for the largest difference or only for the mean."""
+        """What a replay may be off by, and whether that holds for the largest difference or only for means."""
         exact = self.model.dtype in (torch.float32, torch.float64) and not (self.args.bf16 or self.args.fp16)
         given: float | None = self.args.replay_tolerance
         return (1e-3 if exact else 0.1) if given is None else given, exact
@@ -81,12 +92,15 @@ class CheckedGRPO(TimedGRPO):
             ("replay_latent_diff", "latents, relative to their norm", found.latent),
         ):
             everywhere = self.accelerator.gather(part[None])
-            largest = float(everywhere[:, 0].max())
-            total, count = everywhere[:, 1:].sum(0).tolist()
-            mean = total / max(count, 1)
-            self._metrics[self._mode][f"latent/{name}"].append(largest)
-            self._metrics[self._mode][f"latent/{name}_mean"].append(mean)
-            require_agreement(largest, mean, what, *self._tolerance)
+            total, count = everywhere[:, 1:3].sum(0).tolist()
+            differences = {
+                "largest difference": float(everywhere[:, 0].max()),
+                "mean difference": total / max(count, 1),
+                "mean difference within one rollout": float(everywhere[:, 3].max()),
+            }
+            for suffix, value in zip(("", "_mean", "_row"), differences.values(), strict=True):
+                self._metrics[self._mode][f"latent/{name}{suffix}"].append(value)
+            require_agreement(differences, what, *self._tolerance)
 
     def _log_latents(self, latents: LatentBatch, start: int, mode: str) -> None:
         own = own_latents(latents, start)
@@ -136,3 +150,31 @@ def check_settings(args: LatentGRPOConfig, latent_format: LatentFormat, hidden_s
         )
     if args.law is not None:
         check_sigma(args.law, args.latent_sigma, hidden_size)
+
+
+def refuse_dropout(policy: str, name: str, probability: float) -> None:
+    """A policy that prices latents, or recomputes them, has to see those of the rollout, which dropout changes."""
+    if policy != "context" and probability > 0:
+        raise UserError(
+            f"latent_policy {policy} holds latents of the policy pass against those of the rollout, and {name} "
+            f"({probability:g}) changes them in training alone: set {name} to 0."
+        )
+
+
+def dropout_of(model: nn.Module) -> tuple[str, float]:
+    """The largest probability of dropout in the model, and the setting that it comes from."""
+    found = [("dropout", 0.0)]
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout):
+            found.append(("lora_dropout" if "lora_dropout" in name else "dropout", module.p))
+        attention = getattr(module, "attention_dropout", None)
+        if isinstance(attention, float):  # else it is a module, and comes by itself
+            found.append(("attention_dropout", attention))
+    return max(found, key=lambda pair: pair[1])
+
+
+def refuse_tools(more: Mapping[str, Any]) -> None:
+    """What would put tokens into a completion that no engine made, and no carrier knows of."""
+    for name in ("tools", "environment_factory", "rollout_func"):
+        if more.get(name):
+            raise UserError(f"{name} is TRL's own way to generate, without latents: leave it out, or latent_format.")

@@ -46,7 +46,8 @@ class LatentGRPOConfig(RolloutSettings, Defaults, GRPOConfig):
         default=None,
         metadata={
             "help": "Difference between the rollouts and their replay above which the run stops. Default: 1e-3 in "
-            "float32, on the largest difference; in mixed or half precision 0.1, on the mean."
+            "float32, on the largest difference; in mixed or half precision 0.1 on the mean, and three times that on "
+            "the mean within one rollout."
         },
     )
     parity_check: bool = field(

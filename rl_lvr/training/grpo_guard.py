@@ -6,6 +6,7 @@ What is done about each is in `faults.py` and in docs/grpo.md; what is kept when
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from rl_lvr.errors import UserError
 from rl_lvr.latents.format import FormatIds
 from rl_lvr.rollout.hf import HFRolloutEngine
-from rl_lvr.rollout.types import Request, Rollout, RolloutEngine, Sampling
+from rl_lvr.rollout.types import Request, Rollout, RolloutEngine, Sampling, StopReason
 from rl_lvr.training.callbacks import Abandoned
 from rl_lvr.training.faults import RULES, agree, agreed, sort_rollouts, watched
 from rl_lvr.training.grpo_resuming import ResumableGRPO
@@ -25,6 +26,8 @@ class GuardedGRPO(ResumableGRPO):
 
     markers: FormatIds | None
     engine: RolloutEngine
+    _level: Tensor | None
+    """[B of all processes] bool, rows of groups in which no rewards differ; of the last generation batch."""
 
     def __init__(self, *, reward_funcs: Sequence[Callable[..., Any]], **more: Any) -> None:
         self._reward_errors: list[Exception] = []
@@ -66,7 +69,20 @@ class GuardedGRPO(ResumableGRPO):
         rollouts = self.engine.generate(requests, sampling)
         if len(rollouts) != len(requests):
             raise UserError(f"it made {len(rollouts)} rollouts of {len(requests)} requests")
-        return rollouts
+        return [self._ended(rollout) for rollout in rollouts]
+
+    def _ended(self, rollout: Rollout) -> Rollout:
+        """TRL reads the last token of every completion. One without any becomes one that ended at once, by no choice of
+        its own: of kind `empty`, and without a token in the loss."""
+        if rollout.completion_ids:
+            return rollout
+        return replace(
+            rollout,
+            completion_ids=(self._tokenizer.eos_token_id,),
+            logprobs=torch.zeros(1),
+            forced=torch.ones(1, dtype=torch.bool),
+            stop_reason=StopReason.EOS,
+        )
 
     def _excluded(self, rollouts: list[Rollout]) -> list[bool]:
         """Which rollouts are left out, by `on_rollout`; each kind is counted. In evaluation all count."""
@@ -81,9 +97,10 @@ class GuardedGRPO(ResumableGRPO):
             self._metrics[self._mode][name].append(count / total)
         return found.excluded
 
-    def _note_learning(self, advantages: Tensor, mode: str) -> None:
+    def _note_learning(self, mode: str) -> None:
         if mode == "train":
-            self._idle.note(bool(self._most(int(advantages.any()))[0]))
+            assert self._level is not None
+            self._idle.note(not bool(self._level.all()))
             self._metrics[mode]["rollouts/idle_batches"].append(float(self._idle.count))
 
     def _without_errors(self, rewards: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
@@ -32,6 +33,23 @@ def drops_idle(args: LatentGRPOConfig, *, router_loss: bool) -> bool:
             "drop_idle_groups out, and it is used only where it changes nothing."
         )
     return against is None if args.drop_idle_groups is None else args.drop_idle_groups
+
+
+def level_rows(rewards: Tensor, weights: Tensor, size: int, *, each: bool) -> Tensor:
+    """[B] bool, rows of groups of `size` in which no rewards differ; NaN is left out, as of rows that are excluded.
+
+    `rewards` [B, R] of all processes. `each`: every reward is the same in the group, and not only their sum, as where
+    each is normalised by itself.
+    """
+    weights = weights.to(rewards.device)
+    if each:
+        rewards = rewards[:, weights != 0]
+    else:
+        unscored = rewards.isnan().all(1, keepdim=True)
+        rewards = (rewards * weights).nansum(1, keepdim=True).masked_fill(unscored, torch.nan)
+    grouped = rewards.view(-1, size, rewards.shape[1])
+    most, least = (grouped.masked_fill(grouped.isnan(), end) for end in (-torch.inf, torch.inf))
+    return (most.amax(1) <= least.amin(1)).all(1).repeat_interleave(size)
 
 
 @dataclass(frozen=True)

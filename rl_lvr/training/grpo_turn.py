@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,14 +74,22 @@ def request_seed(*key: object) -> int:
     return random.Random(" ".join(map(str, key))).getrandbits(48)
 
 
+ROW_SHARE = 3
+"""In half precision the mean within one rollout may be that much larger than the mean over all of them.
+
+Measured on tiny models of all families with up to 24 layers, bf16 and mixed: honest runs had at most 0.08 in one
+rollout and 0.06 over all, two swapped rows 0.75 and more in one rollout, and as little as 0.03 over all.
+"""
+
+
 @dataclass(frozen=True)
 class Difference:
-    """How far the rollouts are from their replay, over this process's rows: largest and sum, of how many."""
+    """How far the rollouts are from their replay, over this process's rows."""
 
     logp: Tensor
-    """[3]: largest, sum, count over the chosen tokens."""
+    """[4], of the chosen tokens: largest, sum, count, largest mean within one rollout."""
     latent: Tensor
-    """[3]: the same for |f(h) - z| / |z| over latents of the model's own."""
+    """[4]: the same for |f(h) - z| / |z| over latents of the model's own."""
 
 
 def replay_difference(
@@ -115,21 +123,31 @@ def replay_difference(
     noise = keyed_normal(seeds[rows], latents.positions[own] - offsets[rows], z.shape[1])
     expected = explore(means[own], noise, sigma, law).to(z.dtype).float()
     apart = (expected - z.float()).norm(dim=-1) / z.float().norm(dim=-1).clamp_min(1e-12)
-    return Difference(_summary((recorded - logprobs)[chosen].abs()), _summary(apart))
+    off = (recorded - logprobs)[chosen].abs()
+    return Difference(_summary(off, chosen.nonzero(as_tuple=True)[0]), _summary(apart, rows))
 
 
-def _summary(values: Tensor) -> Tensor:
+def _summary(values: Tensor, rows: Tensor) -> Tensor:
     values = values.double()
-    most = values.max() if len(values) else values.new_zeros(())
-    return torch.stack((most, values.sum(), values.new_tensor(len(values))))
+    if not len(values):
+        return values.new_zeros(4)
+    sums, counts = (values.new_zeros(int(rows.max()) + 1) for _ in range(2))
+    sums.index_add_(0, rows, values)
+    counts.index_add_(0, rows, torch.ones_like(values))
+    means = sums / counts.clamp(min=1)
+    return torch.stack((values.max(), values.sum(), values.new_tensor(len(values)), means.max()))
 
 
-def require_agreement(largest: float, mean: float, what: str, tolerance: float, exact: bool) -> None:
-    """Stop the run if a replay is too far off: by the largest difference where precision is full, else by the mean."""
-    found = largest if exact else mean
-    if not found <= tolerance:
-        raise Fault(
-            f"the rollouts do not agree with their replay: the {'largest' if exact else 'mean'} difference of {what} "
-            f"is {found:.3g}, above replay_tolerance {tolerance:g}. The engine's weights are not the trainer's, or "
-            "latents were mixed up on the way; raise replay_tolerance only if rounding explains it."
-        )
+def require_agreement(found: Mapping[str, float], what: str, tolerance: float, exact: bool) -> None:
+    """Stop the run if a replay is too far off. Where precision is full, no single difference may be; in half precision
+    single ones are rounding, but neither the mean over all nor the mean within one rollout is."""
+    limits = {"largest difference": tolerance}
+    if not exact:
+        limits = {"mean difference": tolerance, "mean difference within one rollout": ROW_SHARE * tolerance}
+    for name, limit in limits.items():
+        if not found[name] <= limit:
+            raise Fault(
+                f"the rollouts do not agree with their replay: the {name} of {what} is {found[name]:.3g}, above "
+                f"{limit:g} (replay_tolerance {tolerance:g}). The engine's weights are not the trainer's, or latents "
+                "were mixed up on the way; raise replay_tolerance only if rounding explains it."
+            )

@@ -44,6 +44,8 @@ class LatentActions:
     reference_means: Tensor | None
     advantages: Tensor
     """[B]"""
+    weights: Tensor
+    """[B], of a completion's policy loss (not of its KL): masks and ratios of TRL's corrections."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class LatentLoss:
 
 
 def latent_loss(actions: LatentActions, pricing: Pricing) -> LatentLoss:
-    """Mean over completions of the mean over their latents of -min(r A, clip(r) A) + beta KL.
+    """Mean over completions of the mean over their latents of -w min(r A, clip(r) A) + beta KL.
 
     A completion without latents counts as 0, so that splitting a batch into equal parts does not change the sum.
     """
@@ -69,7 +71,7 @@ def latent_loss(actions: LatentActions, pricing: Pricing) -> LatentLoss:
     now, before = (log_density(z, m, sigma, pricing.law, pricing.scale) for m in (mean, old))
     ratio = (now - before.detach()).exp()
     clipped = ratio.clamp(1 - pricing.low, 1 + pricing.high)
-    terms = -torch.min(ratio * advantage, clipped * advantage)
+    terms = -torch.min(ratio * advantage, clipped * advantage) * actions.weights[rows]
     apart = torch.zeros_like(terms)
     if actions.reference_means is not None:
         apart = divergence(mean, actions.reference_means[chosen], sigma, pricing.law, pricing.scale)

@@ -21,7 +21,8 @@ from rl_lvr.latents.format import LatentFormat
 from rl_lvr.signals import parse_signals
 from rl_lvr.training.conduct import Run, conduct
 from rl_lvr.training.engines import check_engine, make_engine
-from rl_lvr.training.grpo import LatentGRPOTrainer, check_settings
+from rl_lvr.training.grpo import LatentGRPOTrainer
+from rl_lvr.training.grpo_checks import check_settings, refuse_dropout
 from rl_lvr.training.grpo_columns import require_columns
 from rl_lvr.training.grpo_recipe import WITHOUT_EFFECT, GRPORecipe
 from rl_lvr.training.rewarding.options import FROM_TRAINER
@@ -41,6 +42,10 @@ from rl_lvr.training.start import (
 def train_grpo(config: GRPORecipe, model_config: ModelConfig, given: dict[str, Any], recipe: Path | None) -> int:
     """Train as the recipe says; returns the exit code. Reward files may lie beside `recipe`."""
     start = check_start(config, model_config, given, WITHOUT_EFFECT)
+    if "lora_dropout" not in given:
+        model_config.lora_dropout = 0.0  # TRL's 0.05 makes the ratios of a fresh rollout other than 1
+    if start.latent_format is not None and model_config.use_peft:
+        refuse_dropout(config.latent_policy, "lora_dropout", model_config.lora_dropout)
     specs = load_rewards(config.rewards, None if recipe is None else recipe.parent)
     quiet.transformers()
     if config.threads:

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from grpo_cases import LOSSES, LVR, MONET, SIGMAS, generation, gradients, logged, make_trainer, opening
+from grpo_cases import LOSSES, LVR, MONET, SIGMAS, generation, gradients, logged, make_trainer, opening, rows
 from peft import LoraConfig
 from torch import Tensor
 
-from rl_lvr.errors import UserError
+from rl_lvr.errors import Fault, UserError
 from rl_lvr.latents.batch import LatentBatch
+from rl_lvr.rollout.hf import HFRolloutEngine
 from rl_lvr.training.grpo import LatentGRPOTrainer
 from rl_lvr.training.grpo_pass import own_latents
 
@@ -177,7 +178,11 @@ class Swapped(LatentGRPOTrainer):
             (i, j)
             for i, one in enumerate(turn.rollouts)
             for j, two in enumerate(turn.rollouts)
-            if i < j and len(one.latents) and len(two.latents)
+            if i < j
+            and len(one.latents)
+            and len(two.latents)
+            # After the same text of the same prompt they are equal.
+            and float((one.latents[0] - two.latents[0]).norm()) > float(one.latents[0].norm()) / 2
         ]
         assert pairs
         i, j = pairs[0]
@@ -199,6 +204,59 @@ def test_two_swapped_rows_stop_the_run(load_tiny: Any, tmp_path: Path, policy: s
         trainer.train()
     assert logged(trainer, "loss") == []
     assert trainer._metrics["train"]["latent/replay_logp_diff"][0] > 1e-3
+
+
+HALF = {"mixed": {"bf16": True}, "whole": {}}
+"""In bfloat16: the policy pass alone, or the parameters too."""
+
+
+def half_run(load_tiny: Any, folder: Path, half: str, **more: Any) -> Any:
+    """Rollouts of prompts of several lengths; the engine's own weights are `stale` times the model's, if given."""
+    model, processor = opening(load_tiny)
+    stale = more.pop("stale", None)
+    if half == "whole":
+        model = model.to(torch.bfloat16)
+    engine = None
+    if stale is not None:
+        other, _ = opening(load_tiny)
+        other = other.to(model.dtype)
+        with torch.no_grad():
+            for layer in other.model.language_model.layers:
+                layer.mlp.down_proj.weight *= stale
+        engine = Stale(other, processor, LVR, batch_size=16)
+    given = {"per_device_train_batch_size": 16, "parity_check": False, **HALF[half], **more}
+    return make_trainer(model, processor, folder, engine=engine, **given)
+
+
+@pytest.mark.parametrize("half", HALF)
+def test_in_half_precision_a_run_passes(load_tiny: Any, tmp_path: Path, half: str) -> None:
+    trainer = half_run(load_tiny, tmp_path, half, latent_policy="gaussian", parity_check=True)
+    trainer.train()
+    assert trainer._tolerance == (0.1, False)
+    assert logged(trainer, "latent/rate")[0] > 0.3
+    for name in ("logp", "latent"):
+        mean, row, most = (logged(trainer, f"latent/replay_{name}_diff{end}")[0] for end in ("_mean", "_row", ""))
+        assert 1e-4 < mean < row < most < 0.1  # rounding, and far from what is refused
+
+
+@pytest.mark.parametrize("half", HALF)
+def test_in_half_precision_two_swapped_rows_stop_the_run(load_tiny: Any, tmp_path: Path, half: str) -> None:
+    """Their difference is lost in the mean over all rows."""
+    trainer = half_run(load_tiny, tmp_path, half, kind=Swapped, per_device_train_batch_size=64, data=rows(count=16))
+    with pytest.raises(Fault, match="the mean difference within one rollout of l"):
+        trainer.train()
+    seen = trainer._metrics["train"]
+    assert max(seen["latent/replay_logp_diff_row"] + seen.get("latent/replay_latent_diff_row", [])) > 0.3
+    assert seen["latent/replay_logp_diff_mean"][0] < 0.1
+
+
+@pytest.mark.parametrize("half", HALF)
+def test_in_half_precision_stale_weights_stop_the_run(load_tiny: Any, tmp_path: Path, half: str) -> None:
+    with pytest.raises(Fault, match="do not agree with their replay"):
+        half_run(load_tiny, tmp_path, half, stale=1.5).train()
+    with pytest.raises(Fault, match="the engine does not agree with the model"):
+        half_run(load_tiny, tmp_path, half, stale=4.0, parity_check=True).train()
+    half_run(load_tiny, tmp_path, half, stale=1.0, parity_check=True).train()  # the control
 
 
 def test_swapped_latents_alone_are_noticed(load_tiny: Any, tmp_path: Path) -> None:
@@ -233,20 +291,22 @@ def test_latents_shifted_by_one_are_refused(load_tiny: Any, tmp_path: Path) -> N
         trainer._compute_loss(trainer.model, made)
 
 
+class Stale(HFRolloutEngine):
+    """Keeps the weights that it has."""
+
+    def sync_weights(self, model: Any) -> None:
+        pass
+
+
 def test_an_engine_with_other_weights_is_found_at_the_start(load_tiny: Any, tmp_path: Path) -> None:
-    from rl_lvr.rollout.hf import HFRolloutEngine
-
-    class Stale(HFRolloutEngine):
-        def sync_weights(self, model: Any) -> None:
-            pass
-
     model, processor = opening(load_tiny)
     other, _ = opening(load_tiny)
     with torch.no_grad():
         other.model.language_model.layers[0].mlp.down_proj.weight *= 1.1
     trainer = make_trainer(model, processor, tmp_path, engine=Stale(other, processor, LVR))
-    with pytest.raises(UserError, match="does not agree with the model"):
+    with pytest.raises(Fault, match=r"does not agree with the model.*its weights are not the trainer's\.$") as caught:
         trainer.train()
+    assert caught.value.exit_code == 1
     synced = make_trainer(model, processor, tmp_path, engine=HFRolloutEngine(other, processor, LVR))
     synced.train()  # the control
     assert max(logged(synced, "latent/replay_logp_diff")) < 1e-3

@@ -98,14 +98,6 @@ def test_a_feedback_map_and_its_reference(load_tiny: Any, tmp_path: Path, policy
     assert max(logged(trainer, "latent/replay_latent_diff")) < 1e-3
 
 
-def test_bfloat16_is_judged_by_the_mean(load_tiny: Any, tmp_path: Path) -> None:
-    model, processor = opening(load_tiny, init_std=0.05)
-    trainer = make_trainer(model, processor, tmp_path, bf16=True, latent_policy="gaussian")
-    trainer.train()
-    assert trainer._tolerance == (0.1, False)
-    assert 0 < logged(trainer, "latent/replay_logp_diff_mean")[0] < 0.1
-
-
 def test_unrolled_is_refused_where_nothing_is_generated(load_tiny: Any, tmp_path: Path) -> None:
     from rl_lvr.errors import UserError
 

@@ -118,7 +118,7 @@ def actions(law: str, rows: int = 4, seed: int = 0, dtype: torch.dtype = torch.f
     chosen[1] = False
     means = old + 0.05 * torch.randn(old.shape, generator=generator, dtype=dtype)
     advantages = torch.randn(rows, generator=generator, dtype=dtype)
-    return LatentActions(z, chosen, sigma, means, old, old + 0.1, advantages)
+    return LatentActions(z, chosen, sigma, means, old, old + 0.1, advantages, torch.ones_like(advantages))
 
 
 @pytest.mark.parametrize("law", LAWS)
@@ -147,12 +147,17 @@ def test_the_loss_by_hand() -> None:
         old_means=one,
         reference_means=one,
         advantages=torch.tensor([2.0], dtype=torch.float64),
+        weights=torch.tensor([1.0], dtype=torch.float64),
     )
     ratio = math.exp((0.09 - 0.04) * 2 / (2 * 0.25))  # |z|^2 - |z - 0.1|^2 over 2 sigma^2, two dimensions
     kl = 0.01 * 2 / (2 * 0.25)
     found = latent_loss(made, Pricing("gaussian", "sum", 0.5, 0.5, 0.1))
     assert float(found.loss) == pytest.approx(-2.0 * ratio + 0.1 * kl, rel=1e-5)
     assert int(found.clipped) == 0
+    half = replace(made, weights=made.weights / 2)  # as TRL weighs tokens: the policy's part, and not the KL
+    assert float(latent_loss(half, Pricing("gaussian", "sum", 0.5, 0.5, 0.1)).loss) == pytest.approx(
+        -ratio + 0.1 * kl, rel=1e-5
+    )
     clipped = latent_loss(made, Pricing("gaussian", "sum", 0.1, 0.1, 0.0))
     assert float(clipped.loss) == pytest.approx(-2.2, rel=1e-5)
     assert int(clipped.clipped) == 1
