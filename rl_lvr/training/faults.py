@@ -147,15 +147,18 @@ def agree(accelerator: Accelerator, problem: str | None, error: BaseException | 
 def agreed(
     accelerator: Accelerator, what: str, call: Callable[[], _Result], *, retries: int = 0, pause: float = 1.0
 ) -> _Result:
-    """The result of `call` once it has succeeded in every process; `Fault` in all of them where it did not."""
+    """The result of `call` once it has succeeded in every process; `Fault` in all of them where it did not.
+
+    All ask again where one has to: under ZeRO-3 an engine that takes over weights, as one does that wakes up to
+    generate, gathers them from all processes.
+    """
     result: list[_Result] = []
     error: Exception | None = None
     for attempt in range(retries + 1):
-        if not result:
-            try:
-                result, error = [call()], None
-            except Exception as raised:  # noqa: BLE001, an engine may raise anything
-                error = raised
+        try:
+            result, error = [call()], None
+        except Exception as raised:  # noqa: BLE001, an engine may raise anything
+            error = raised
         if not _anywhere(accelerator, error is not None):
             return result[0]
         if attempt < retries:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
 
 from rl_lvr.errors import Fault, UserError
 from rl_lvr.latents.format import FormatIds, LatentFormat
@@ -104,6 +107,48 @@ def test_a_call_is_asked_again_as_often_as_it_may(accelerator: Accelerator) -> N
     assert UserError("x").exit_code == 2
     with pytest.raises(Fault, match=r"^the engine failed: it said no\.$"):
         agreed(accelerator, "the engine failed", lambda: (_ for _ in ()).throw(UserError("it said no.")))
+
+
+def asked_by_two(rank: int, port: int, results: Any) -> None:
+    """A process of two. The call is collective, and the first one fails in process 1 when it is over."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    PartialState._reset_state()
+    AcceleratorState._reset_state(True)
+    both = Accelerator(cpu=True)
+    calls: list[int] = []
+
+    def collective() -> int:
+        calls.append(rank)
+        total = torch.tensor([10 ** len(calls)])
+        torch.distributed.all_reduce(total)
+        if rank == 1 and len(calls) == 1:
+            raise ConnectionError("gone")
+        return int(total)
+
+    results.put((rank, agreed(both, "the engine failed", collective, retries=1, pause=0.0), len(calls)))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.timeout(120)
+def test_all_processes_ask_again_where_one_has_to() -> None:
+    """An engine that takes over weights under ZeRO-3 gathers them: who asks alone waits for the others."""
+    forked = torch.multiprocessing.get_context("fork")
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    results = forked.SimpleQueue()
+    processes = [forked.Process(target=asked_by_two, args=(rank, port, results)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            process.join(60)
+        assert [process.exitcode for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    assert sorted(results.get() for _ in range(2)) == [(0, 200, 2), (1, 200, 2)]
 
 
 def test_a_call_that_returns_none_succeeded(accelerator: Accelerator) -> None:
