@@ -58,6 +58,8 @@ class ResumableGRPO(Resumable, GRPOTrainer):
     def _now(self) -> Moment:
         moment = super()._now()
         moment.counters |= {"micro_batches": self._step, "idle": self._idle.count}
+        if self.use_adaptive_entropy:  # TRL moves it within the loss, before the step is done
+            moment.counters["entropy"] = [self.entropy_coef, self._last_world_entropy]
         moment.buffer = self._buffered_inputs
         return moment
 
@@ -65,6 +67,9 @@ class ResumableGRPO(Resumable, GRPOTrainer):
         super()._take(moment)
         self._step = moment.counters["micro_batches"]
         self._idle.count = moment.counters["idle"]
+        if self.use_adaptive_entropy and "entropy" in moment.counters:
+            self.entropy_coef, self._last_world_entropy = moment.counters["entropy"]
+            self._entropy_window_stats = None  # whole at the end of a step
         self._buffered_inputs = moment.buffer
 
     @property
