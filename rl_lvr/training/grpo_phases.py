@@ -104,7 +104,8 @@ class TimedGRPO(GuardedGRPO):
     def _note_work(self, name: str, attention_mask: Tensor, scored: int) -> None:
         if self._peak_flops is None or self._mode != "train":
             return
-        flops = forward_flops(self._text_config, attention_mask.sum(1).tolist(), scored * len(attention_mask))
+        positions = int(attention_mask[:, -scored:].sum())
+        flops = forward_flops(self._text_config, attention_mask.sum(1).tolist(), positions)
         self.phases.work(name, flops * (1 + BACKWARD) if name == "loss" else flops)
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
