@@ -156,6 +156,22 @@ def test_every_entry_of_the_result_is_written(backend: str, path: str) -> None:
 
 
 @PATHS
+def test_autocast(backend: str, path: str) -> None:
+    """Which would round the scores to bf16, were it heard."""
+    given = case("softcap").but(heads=None)
+    weights = torch.ones(len(given.exact()))
+    lse, entropy = reference.statistics(given.problem)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (given.query @ given.query.mT).dtype == torch.bfloat16
+        ours, reduced = given.mass(backend, path), given.reduced(weights, backend, path)
+        assert worst(log_sum_exp(given.query, given.key, backend=backend, **given.asked), lse) <= 2e-6
+        assert worst(attention_entropy(given.query, given.key, backend=backend, **given.asked), entropy) <= 3e-6
+    assert worst(ours, given.exact()) <= 1e-6
+    assert worst(reduced.per_query, given.exact().mean(1)) <= 1e-6
+    assert worst(reduced.per_head.sum(0), given.exact().sum(0)) <= 2e-5
+
+
+@PATHS
 def test_all_keys_labelled_add_up_to_one(backend: str, path: str) -> None:
     given = case()
     labels = torch.arange(given.key.shape[2]).remainder(3).expand(2, -1)

@@ -50,7 +50,7 @@ def attention_mass(
     Returns [N,H,R] float32 (float64 for float64 queries); a row that sees no key has zeros. Differentiable with
     respect to query and key, in full: a given lse counts as a function of them. lse and sinks get no gradient.
     """
-    _check_regions(key, labels, regions, lse, sinks)
+    _check_regions(query, key, labels, regions, lse, sinks)
     view = (scale, rows, segments, window, softcap, _list(heads), backend)
     return operators.mass(query, key, labels, regions, lse, positions, sinks, *view)
 
@@ -74,7 +74,7 @@ def attention_mass_reduced(
     backend: str = "auto",
 ) -> Reduced:
     """`attention_mass`, summed up on the way (path A never stores [N,H,R]). weights [N] float32, without gradient."""
-    _check_regions(key, labels, regions, lse, sinks)
+    _check_regions(query, key, labels, regions, lse, sinks)
     view = (scale, rows, segments, window, softcap, _list(heads), backend)
     return Reduced(*operators.reduced(query, key, labels, regions, weights, lse, positions, sinks, *view))
 
@@ -119,12 +119,18 @@ def _list(heads: Sequence[int] | None) -> list[int] | None:
     return None if heads is None else [int(head) for head in heads]
 
 
-def _check_regions(key: Tensor, labels: Tensor, regions: int, lse: Tensor | None, sinks: Tensor | None) -> None:
+def _check_regions(
+    query: Tensor, key: Tensor, labels: Tensor, regions: int, lse: Tensor | None, sinks: Tensor | None
+) -> None:
     if labels.shape != (key.shape[0], key.shape[2]) or labels.is_floating_point():
         raise ValueError(
             f"labels {tuple(labels.shape)} {labels.dtype} are not integers [B,Tk] of key {tuple(key.shape)}."
         )
     if regions < 1:
         raise ValueError(f"{regions} regions: there has to be one at least.")
+    if lse is not None and lse.shape != query.shape[:3]:
+        raise ValueError(f"lse {tuple(lse.shape)} is not [B,Hq,Tq] of query {tuple(query.shape)}.")
+    if sinks is not None and sinks.shape != query.shape[1:2]:
+        raise ValueError(f"sinks {tuple(sinks.shape)} are not [Hq] of query {tuple(query.shape)}.")
     if lse is not None and sinks is not None:
         raise ValueError("a given lse already holds the sinks: pass one of the two.")

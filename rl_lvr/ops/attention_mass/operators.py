@@ -6,8 +6,10 @@ They take plain tensors and numbers only, and what reads the data happens inside
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +31,20 @@ def problem_of(query: Tensor, key: Tensor, *view: Any) -> tuple[Problem, str]:
     problem = Problem(query, key, scale, rows, segments, window, softcap, chosen)
     problem.check()
     return problem, backend
+
+
+Result = TypeVar("Result")
+
+
+def as_given(operator: Callable[..., Result]) -> Callable[..., Result]:
+    """In the precision of the arguments: autocast is still on inside an operator, and would round float32 to bf16."""
+
+    @wraps(operator)
+    def run(query: Tensor, *rest: Any) -> Result:
+        with torch.autocast(query.device.type, enabled=False):
+            return operator(query, *rest)
+
+    return run
 
 
 def chosen_backend(problem: Problem, asked: str) -> str:
@@ -63,7 +79,7 @@ def _mass(
 
 mass = torch.library.custom_op(
     "rl_lvr::attention_mass",
-    _mass,
+    as_given(_mass),
     mutates_args=(),
     schema=f"({KEYS}, {REGIONS}, {SOFTMAX}, {VIEW}) -> Tensor",
 )
@@ -135,7 +151,7 @@ def _reduced(
 
 reduced = torch.library.custom_op(
     "rl_lvr::attention_mass_reduced",
-    _reduced,
+    as_given(_reduced),
     mutates_args=(),
     schema=f"({KEYS}, {REGIONS}, Tensor weights, {SOFTMAX}, {VIEW}) -> (Tensor, Tensor)",
 )
@@ -183,7 +199,7 @@ def _statistics(query: Tensor, key: Tensor, *view: Any) -> tuple[Tensor, Tensor]
 
 statistics = torch.library.custom_op(
     "rl_lvr::attention_statistics",
-    _statistics,
+    as_given(_statistics),
     mutates_args=(),
     schema=f"({KEYS}, {VIEW}) -> (Tensor, Tensor)",
 )
@@ -233,7 +249,7 @@ def _gradients(
 
 gradients = torch.library.custom_op(
     "rl_lvr::attention_gradients",
-    _gradients,
+    as_given(_gradients),
     mutates_args=(),
     schema=f"({KEYS}, Tensor? labels, Tensor? lse, Tensor? sinks, Tensor? d_mass, Tensor? d_lse, Tensor? d_entropy, "
     f"{VIEW}) -> (Tensor, Tensor)",

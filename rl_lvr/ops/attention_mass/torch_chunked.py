@@ -1,7 +1,7 @@
 """Plain PyTorch, any device: a few query rows of one key head at a time, so the T x T matrix never exists.
 
 Path A (the log-sum-exp is given) is one small matrix product of the rows with the labelled keys. Path B (it is not)
-reads the visible keys once. Products of bf16 numbers are taken in float32, where they are exact.
+reads the visible keys once. Products of bf16 numbers are taken in float32.
 """
 
 from __future__ import annotations
@@ -52,11 +52,16 @@ class Block:
 
     def take(self, values: Tensor) -> Tensor:
         """This block's [g,n,...] of values [B,Hq,Tq,...]; a view where its heads and times are runs."""
-        heads = self.group.heads
-        values = values[self.group.sequence]
-        values = values[_run(heads)]
+        return values[self.group.sequence][_run(self.group.heads)][:, self._rows]
+
+    def take_head(self, values: Tensor, head: int) -> Tensor:
+        """[n,...], of one head."""
+        return values[self.group.sequence, head][self._rows]
+
+    @property
+    def _rows(self) -> Tensor | slice:
         run = self.last - self.first + 1 == len(self.times)
-        return values[:, self.first : self.last + 1] if run else values[:, self.times]
+        return slice(self.first, self.last + 1) if run else self.times
 
     def visible(self, problem: Problem, keys: Tensor) -> Tensor:
         return problem.visible(self.group.sequence, self.times, keys)
@@ -171,13 +176,13 @@ def _path_a(
     masked = problem.window is not None or problem.segments is not None
     last = int(at[-1])
     for block in group.blocks(max(len(at), problem.key.shape[3])):
-        queries, denominators = block.take(problem.query).to(problem.dtype), block.take(lse)[..., None]
         hidden = ~block.visible(problem, at) if masked or last > block.first + problem.offset else None
-        share = columns.new_empty(*queries.shape[:2], regions)
-        scores = columns.new_empty(queries.shape[1], len(at))  # of one head after another: they stay in the cache
-        for i, key_head in enumerate(group.key_heads):
-            p = capped(problem, torch.mm(queries[i], keys[key_head], out=scores))
-            p.sub_(denominators[i]).exp_()
+        share = columns.new_empty(len(group.heads), len(block.times), regions)
+        scores = columns.new_empty(len(block.times), len(at))  # of one head after another: they stay in the cache
+        for i, (head, key_head) in enumerate(zip(group.heads, group.key_heads, strict=True)):
+            queries = block.take_head(problem.query, head).to(problem.dtype)
+            p = capped(problem, torch.mm(queries, keys[key_head], out=scores))
+            p.sub_(block.take_head(lse, head)[:, None]).exp_()
             if hidden is not None:
                 p.masked_fill_(hidden, 0.0)
             torch.mm(p, columns, out=share[i])

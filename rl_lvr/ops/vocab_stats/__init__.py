@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from rl_lvr.errors import UserError
-from rl_lvr.ops.backends import choose
 from rl_lvr.ops.vocab_stats.head import HeadWeights, head_weights
-from rl_lvr.ops.vocab_stats.op import folding, vocab_stats_op
+from rl_lvr.ops.vocab_stats.op import NAME, folding, vocab_stats_op
 from rl_lvr.ops.vocab_stats.partial import Partial, merge, merge_shards
 from rl_lvr.ops.vocab_stats.reference import reference
 from rl_lvr.ops.vocab_stats.stats import VocabStats, finish, from_values
@@ -30,7 +29,6 @@ __all__ = [
     "vocab_stats",
 ]
 
-NAME = "vocab_stats"
 MAX_TOP_K = 64
 WORKSPACE_BYTES = 64 << 20
 
@@ -60,9 +58,7 @@ def vocab_stats(
     head = _checked(hidden, weight, bias, lora, top_k, temperature)
     _check_rows(hidden, chosen, next_row)
     _refuse_gradient_to_head(hidden, head)
-    dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    chosen_backend = choose(NAME, hidden.device, dtype, backend)
-    if chosen_backend == "reference":
+    if backend == "reference":
         return reference(hidden, head, chosen, top_k, next_row, temperature)
     fits = hidden.shape[0] * weight.shape[0] * accumulation_dtype(hidden, head).itemsize <= workspace_bytes
     keep = fits and hidden.requires_grad and torch.is_grad_enabled()
@@ -79,7 +75,7 @@ def vocab_stats(
         temperature,
         workspace_bytes,
         keep,
-        chosen_backend,
+        backend,
     )
     return from_values(values, argmax, top_k > 0, next_row is not None, chosen is not None)
 
@@ -105,13 +101,10 @@ def partial_stats(
     """
     head = _checked(hidden, weight, bias, lora, top_k, temperature)
     _check_rows(hidden, chosen, next_row)
-    chosen_backend = choose(NAME, hidden.device, torch.promote_types(hidden.dtype, weight.dtype), backend)
-    if chosen_backend == "reference":
-        raise UserError(f"{NAME}: backend reference needs the whole vocabulary: pass backend='torch' for a shard.")
     return forward(
         hidden,
         head,
-        folding(chosen_backend)[0],
+        folding(hidden, weight, backend)[0],
         chosen=chosen,
         next_row=next_row,
         top_k=top_k,

@@ -8,17 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rl_lvr.errors import UserError
+from rl_lvr.ops.backends import choose
 from rl_lvr.ops.vocab_stats import sweep, torch_rows
 from rl_lvr.ops.vocab_stats.gradient import coefficients
 from rl_lvr.ops.vocab_stats.partial import Partial
 from rl_lvr.ops.vocab_stats.stats import values_of
 from rl_lvr.ops.vocab_stats.sweep import Head
 
+NAME = "vocab_stats"
 VALUES = 9
 SUMS = 4
 
 
-def folding(backend: str) -> tuple[sweep.Fold, sweep.Differentiate]:
+def folding(hidden: Tensor, weight: Tensor, asked: str) -> tuple[sweep.Fold, sweep.Differentiate]:
+    """Chosen inside the operators: torch.compile cannot trace the look for Triton."""
+    backend = choose(NAME, hidden.device, torch.promote_types(hidden.dtype, weight.dtype), asked)
     if backend == "torch":
         return torch_rows.fold, torch_rows.differentiate
     if backend == "triton":
@@ -26,7 +31,7 @@ def folding(backend: str) -> tuple[sweep.Fold, sweep.Differentiate]:
         from rl_lvr.ops.vocab_stats.triton_rows import differentiate, fold
 
         return fold, differentiate
-    raise ValueError(f"the operator runs on torch or triton, not on {backend!r}.")
+    raise UserError(f"{NAME}: backend {backend} needs the whole vocabulary at once: pass backend='torch'.")
 
 
 @torch.library.custom_op("rl_lvr::vocab_stats", mutates_args=())
@@ -56,7 +61,7 @@ def vocab_stats_op(
     part = sweep.forward(
         hidden,
         head,
-        folding(backend)[0],
+        folding(hidden, weight, backend)[0],
         chosen=chosen,
         next_row=next_row,
         top_k=top_k,
@@ -120,7 +125,7 @@ def vocab_stats_backward_op(
     return sweep.backward(
         hidden,
         Head(weight, bias, lora_a, lora_b, scaling),
-        folding(backend)[1],
+        folding(hidden, weight, backend)[1],
         coefficients(part, chosen, wanted, temperature),
         temperature=temperature,
         workspace_bytes=workspace_bytes,
