@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from rl_lvr.commands.piping import pipeable
 from rl_lvr.errors import UserError
 from rl_lvr.printable import printable
 
@@ -36,6 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     test.add_argument("--json", action="store_true", help="print one JSON object")
 
 
+@pipeable
 def run(args: argparse.Namespace) -> int:
     return {"list": _list, "test": _test}[args.action](args)
 
@@ -103,7 +105,7 @@ def _test(args: argparse.Namespace) -> int:
     if args.step is not None:
         steps, rollouts = rollouts.steps, rollouts.of_step(args.step)
         if not rollouts:
-            raise UserError(f"{args.data} has no step {args.step}; it has {_some(steps)}.")
+            raise UserError(f"{args.data} has no step {args.step}; it has {some(steps)}.")
     chosen = list(rollouts[: args.limit])
     if not chosen:
         raise UserError(f"{args.data} holds no rollouts.")
@@ -141,7 +143,8 @@ def _options(given: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def _some(steps: Sequence[int]) -> str:
+def some(steps: Sequence[int]) -> str:
+    """The first few steps and the last, for a sentence."""
     return ", ".join(map(str, steps[:5])) + (f" ... {steps[-1]}" if len(steps) > 5 else "")
 
 
@@ -169,15 +172,17 @@ def _report(
         return
     import shutil
 
+    from rich.cells import set_cell_size
+
     from rl_lvr.rollout.record import plain_text
 
-    width = max(40, shutil.get_terminal_size((120, 24)).columns)
-    print(f"{'step':>6} {'sample':>6} {'reward':>10}  {'answer':10}  completion")
+    width = shutil.get_terminal_size((120, 24)).columns
+    print(_short(f"{'step':>6} {'sample':>6} {'reward':>10}  {'answer':10}  completion", width))
     for rollout, score, number in zip(rollouts, scores, range(len(rollouts)), strict=True):
         shown = "not scored" if score is None else f"{score:.4g}"
         text = " ".join((rollout.marked or plain_text(rollout.completion)).split())
-        line = f"{rollout.step:6} {number:6} {shown:>10}  {_short(rollout.answer or '-', 10):10}  {text}"
-        print(_short(printable(line), width))
+        answer = set_cell_size(_short(printable(" ".join((rollout.answer or "-").split())), 10), 10)
+        print(_short(f"{rollout.step:6} {number:6} {shown:>10}  {answer}  {printable(text)}", width))
     mean = "-" if summary["mean"] is None else f"{summary['mean']:.4f}"
     print(
         f"{spec.name}: mean {mean} of {summary['scored']} scored of {summary['n']}, "
@@ -188,4 +193,7 @@ def _report(
 
 
 def _short(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"
+    """Cut to a terminal's cells, of which some characters take two."""
+    from rich.cells import cell_len, set_cell_size
+
+    return text if cell_len(text) <= width else set_cell_size(text, width - 1) + "…"

@@ -7,6 +7,8 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
+from rl_lvr.commands.piping import pipeable
+from rl_lvr.commands.rewards import some
 from rl_lvr.errors import UserError
 from rl_lvr.printable import printable
 
@@ -27,22 +29,25 @@ def configure(parser: argparse.ArgumentParser) -> None:
     show.add_argument("--json", action="store_true", help="print one JSON object per line")
 
 
+@pipeable
 def run(args: argparse.Namespace) -> int:
     from rl_lvr.rollout.record import read_rollouts
 
     rollouts = read_rollouts(args.folder)
-    if args.step is not None:
-        rollouts = rollouts.of_step(args.step)
+    if args.step is not None and rollouts:
+        steps, rollouts = rollouts.steps, rollouts.of_step(args.step)
+        if not rollouts:
+            raise UserError(f"{args.folder} has no step {args.step}; it has {some(steps)}.")
     if args.limit is not None:
         if args.limit < 1:
             raise UserError(f"--limit is {args.limit}; it must be at least 1.")
         rollouts = rollouts[: args.limit]
     if not rollouts:
-        raise UserError(f"{args.folder} holds no rollouts" + ("." if args.step is None else f" of step {args.step}."))
+        raise UserError(f"{args.folder} holds no rollouts.")
     count, chosen = len(rollouts), range(len(rollouts))
     if args.index is not None:
         if not -count <= args.index < count:
-            raise UserError(f"--index {args.index} is outside: there are {count} rollouts.")
+            raise UserError(f"--index {args.index} is outside: they are numbered from 0 to {count - 1}.")
         chosen = chosen[args.index % count :][:1]
     if args.json:
         from dataclasses import asdict

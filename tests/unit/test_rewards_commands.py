@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 
 from rl_lvr.cli import main
 from rl_lvr.rollout.record import RecordedRollout, RolloutLog
@@ -125,7 +126,7 @@ def test_test_stops_at_a_fault_or_counts_it(run: Path, capsys: pytest.CaptureFix
     own = f"{run.parent}/mine.py:fails"
     assert main(["rewards", "test", own, "--data", str(run)]) == 1
     error = capsys.readouterr().err
-    assert "reward 'fails' raised ZeroDivisionError (float division by zero) on sample 1" in error
+    assert "reward 'fails' raised ZeroDivisionError (float division by zero) at mine.py:8 on sample 1" in error
     assert error.count("\n") == 1
     assert main(["rewards", "test", own, "--data", str(run), "--on-error", "exclude"]) == 0
     assert "mean 1.0000 of 2 scored of 4, 2 excluded for faults" in capsys.readouterr().out
@@ -177,12 +178,52 @@ def test_show_picks_one_or_all_as_json(run: Path, capsys: pytest.CaptureFixture[
     assert main(["rollouts", "show", str(run), "--json", "--limit", "3"]) == 0
     assert [json.loads(line)["step"] for line in capsys.readouterr().out.splitlines()] == [3, 3, 8]
     for flags, problem in (
-        (["--index", "4"], "outside"),
-        (["--step", "5"], "of step 5"),
+        (["--index", "4"], "outside: they are numbered from 0 to 3"),
+        (["--step", "5"], "has no step 5; it has 3, 8."),
         (["--limit", "0"], "at least 1"),
     ):
         assert main(["rollouts", "show", str(run), *flags]) == 2
         assert problem in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command", ["rewards test accuracy --data", "rewards test accuracy --json --data", "rollouts show"]
+)
+def test_a_reader_may_leave(run: Path, command: str) -> None:
+    log = RolloutLog(run / "rollouts")
+    log.append(9, [RecordedRollout("q" * 1000, "seven", answer="seven") for _ in range(200)])  # more than a pipe holds
+    first = subprocess.Popen(
+        [sys.executable, "-m", "rl_lvr.cli", *command.split(), str(run)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert first.stdout is not None
+    first.stdout.close()  # as `head` does, when it has its lines
+    assert first.stderr is not None
+    assert first.stderr.read() == b""
+    assert first.wait(60) == 141
+
+
+@pytest.mark.parametrize("columns", [20, 50, 100])
+def test_lines_fit_the_terminal(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    wide = "\u65e5\u672c\u8a9e" * 30  # each takes two cells
+    RolloutLog(run / "rollouts").append(9, [RecordedRollout("q", wide, answer=wide)] * 2)
+    assert main(["rewards", "test", "accuracy", "--data", str(run)]) == 0
+    table = capsys.readouterr().out.splitlines()[:7]
+    assert all(cell_len(line) <= columns for line in table)
+    assert columns < 100 or {cell_len(line) for line in table[5:]} == {100}  # and no more is cut than must be
+
+
+@pytest.mark.parametrize("command", ["rewards test accuracy --data", "rollouts show"])
+def test_a_terminal_without_unicode_is_served(run: Path, command: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "rl_lvr.cli", *command.split(), str(run)],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert rb"\u27e63 latents\u27e7seven" in done.stdout
 
 
 @pytest.mark.timeout(60)
