@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
+import json
 import sys
 import threading
 import time
@@ -63,7 +65,9 @@ def test_vectors_are_taken(output) -> None:
 
 
 def test_a_sample_that_raises_is_found_by_calling_it_alone() -> None:
-    with pytest.raises(RewardError, match=r"raised ValueError \(no such word\) on sample 1 of the batch"):
+    with pytest.raises(
+        RewardError, match=r"raised ValueError \(no such word\) at test_rewards_guard.py:\d+ on sample 1 of"
+    ):
         call(raising)
     assert call(raising, on_error="exclude") == ([1, None, 1], {"rewards/mine/excluded": 1})
 
@@ -127,6 +131,33 @@ def test_a_reward_that_hangs_is_left_behind(on_error) -> None:
     release.set()
 
 
+def test_the_line_that_raised_is_named() -> None:
+    def deep(completions, **_):
+        return [json.loads(text) for text in completions]
+
+    def strange(completions, **_):
+        return wraps(completions)
+
+    def uncallable(completions, *, option=1):
+        return completions / option
+
+    wraps = functools.partial(np.linalg.inv)
+    line = deep.__code__.co_firstlineno + 1
+    # The deepest line of the reward's own file, and not json's.
+    with pytest.raises(RewardError, match=rf"raised JSONDecodeError \(.*\) at test_rewards_guard.py:{line}[: ]"):
+        call(deep)
+    for reward in (strange, uncallable):
+        line = reward.__code__.co_firstlineno + 1
+        with pytest.raises(RewardError, match=rf"at test_rewards_guard.py:{line}[: ]"):
+            call(reward)
+
+    def picky(completions, /, **_):
+        return completions
+
+    with pytest.raises(RewardError, match=r"raised TypeError \(.*picky\(\).*\)(?! at guard.py)"):
+        call(picky)
+
+
 def test_a_timeout_of_its_own_is_not_a_hang() -> None:
     def timing_out(completions, **_):
         raise TimeoutError("the disk")
@@ -159,7 +190,7 @@ def test_async_rewards() -> None:
     assert len(set(calls)) == 1  # one event loop for all calls: clients belong to one
 
     calls.clear()
-    with pytest.raises(RewardError, match=r"raised ValueError \(down\): mend it"):
+    with pytest.raises(RewardError, match=r"raised ValueError \(down\) at test_rewards_guard.py:\d+: mend it"):
         call(bad)
     assert len(calls) == 1  # not called again for each row
     assert call(bad, on_error="exclude")[0] == [None] * 3

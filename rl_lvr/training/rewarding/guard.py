@@ -17,7 +17,9 @@ import math
 import numbers
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from rl_lvr.errors import Fault, UserError
@@ -86,6 +88,8 @@ class _Guarded:
         self.is_async = inspect.iscoroutinefunction(bare) or inspect.iscoroutinefunction(
             getattr(bare, "__call__", None)  # noqa: B004, not whether it can be called but whether that is async
         )
+        code = getattr(bare, "__code__", None) or getattr(getattr(bare, "__call__", None), "__code__", None)  # noqa: B004
+        self.file = None if code is None else code.co_filename
         parameters = inspect.signature(reward).parameters.values()
         self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self.names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
@@ -127,7 +131,10 @@ class _Guarded:
         """What the reward is called with. A column that is missing is the recipe's fault, and not a sample's."""
         lacking = sorted(self.signals - set(columns))
         if lacking:
-            raise UserError(f"reward {self.name!r} needs the signal {lacking[0]!r}, which was not measured.")
+            raise UserError(
+                f"reward {self.name!r} needs the signal {lacking[0]!r}, which was not measured: a run measures and "
+                "records the signals of its own rewards."
+            )
         taken = {
             name: value
             for name, value in columns.items()
@@ -149,7 +156,7 @@ class _Guarded:
         except _HangError:
             raise
         except Exception as error:
-            problem = f"raised {type(error).__name__} ({error})"
+            problem = self._raised(error)
             blamed = self._blame(arguments, rows) if whole and not self.is_async else {}
             if not blamed or len(blamed) == rows > 1:
                 raise _FaultError(problem) from error
@@ -175,8 +182,16 @@ class _Guarded:
             except _HangError:
                 raise
             except Exception as error:  # noqa: BLE001, a user's function may raise anything
-                blamed[row] = f"raised {type(error).__name__} ({error})"
+                blamed[row] = self._raised(error)
         return blamed
+
+    def _raised(self, error: Exception) -> str:
+        """What it raised, and at which of its lines; the deepest, if none is in the reward's own file."""
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if frame.filename == self.file] or frames
+        known = own and own[-1].filename != __file__  # else it could not even be called
+        at = f" at {Path(own[-1].filename).name}:{own[-1].lineno}" if known else ""
+        return f"raised {type(error).__name__} ({error}){at}"
 
     def _values(self, output: Any, rows: int) -> Sequence[Any]:
         if hasattr(output, "tolist"):  # a tensor or an array

@@ -27,7 +27,9 @@ def with_options(target: Callable[..., Any], given: Mapping[str, Any], reward: s
             raise UserError(f"reward {reward!r} has no option {name!r}{hint} Options: {', '.join(known) or 'none'}.")
     missing = [n for n, p in known.items() if inspect.isclass(target) and p.default is p.empty and n not in given]
     if missing:
-        raise UserError(f"reward {reward!r} needs the option {missing[0]!r}: write it below options.")
+        raise UserError(
+            f"reward {reward!r} needs the option {missing[0]!r}: write it below options (or --option {missing[0]}=...)."
+        )
     hints = _hints(target)
     values = {name: _checked(f"reward {reward!r}: {name}", given[name], hints.get(name, Any)) for name in given}
     if not inspect.isclass(target):
