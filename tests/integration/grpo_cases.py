@@ -36,6 +36,13 @@ def needed(necessity_completions, **_):
 
 def same(completions, **_):
     return [1.0] * len(completions)
+
+def tenth(completions, **_):
+    return [0.1] * len(completions)
+
+def first_half(completions, **_):
+    found = letters(completions)
+    return [value if row < len(found) // 2 else 0.1 for row, value in enumerate(found)]
 """
 Tiny = Callable[..., tuple[Any, Any]]
 
@@ -99,8 +106,10 @@ def make_trainer(
     engine: Any = None,
     peft_config: Any = None,
     eval_dataset: Dataset | None = None,
+    given: dict[str, Any] | None = None,
     **changes: Any,
 ) -> Any:
+    """`changes` are settings, `given` further arguments of the trainer."""
     policy = changes.get("latent_policy", "context")
     changes.setdefault("latent_sigma", SIGMAS.get(policy, 0.0))
     trainer = kind(
@@ -113,6 +122,7 @@ def make_trainer(
         engine=engine,
         peft_config=peft_config,
         eval_dataset=eval_dataset,
+        **(given or {}),
     )
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1  # set by train(), and read by a loss on its own

@@ -12,7 +12,7 @@ from grpo_cases import LOSSES, generation, gradients, logged, make_trainer, open
 from helpers import noise_image
 
 from rl_lvr.errors import UserError
-from rl_lvr.training.grpo_idle import Kept
+from rl_lvr.training.grpo_idle import Kept, level_rows
 
 POLICIES = ("context", "unrolled", "gaussian", "spherical")
 
@@ -97,6 +97,47 @@ def test_a_row_with_images_stays() -> None:
     assert kept([0.0, 1.0, 0.0], [0, 0, 1]) == [1, 2]
     assert kept([0.0, 0.0, 0.0], [0, 1, 1]) == [1]
     assert kept([0.0, 0.0, 0.0], None) == [0]
+
+
+def test_a_group_is_level_where_no_rewards_differ() -> None:
+    nan, one = float("nan"), torch.ones(2)
+
+    def level(rewards: list[list[float]], weights: torch.Tensor = one, *, each: bool = False, size: int = 2) -> Any:
+        return level_rows(torch.tensor(rewards), weights, size, each=each).tolist()
+
+    assert level([[0.1]] * 7, torch.ones(1), size=7) == [True] * 7
+    assert level([[0.1, 0.2], [0.1, 0.2], [0.1, 0.2], [0.1, 0.3]]) == [True, True, False, False]
+    assert level([[0.1, 0.2], [0.2, 0.1]]) == [True, True]  # the sum is what counts
+    assert level([[0.1, 0.2], [0.2, 0.1]], each=True) == [False, False]
+    assert level([[0.1, 5.0], [0.1, 7.0]], torch.tensor([1.0, 0.0])) == [True, True]
+    assert level([[0.1, 5.0], [0.1, 7.0]], torch.tensor([1.0, 0.0]), each=True) == [True, True]
+    for each in (False, True):  # rows that are left out, and rewards that were not given
+        assert level([[0.1, 0.2], [nan, nan]], each=each) == [True, True]
+        assert level([[nan, nan], [nan, nan]], each=each) == [True, True]
+        assert level([[0.1, nan], [0.3, nan]], each=each) == [False, False]
+    assert level([[0.1, nan], [0.1, 0.2]]) == [False, False]
+    assert level([[0.1, nan], [0.1, 0.2]], each=True) == [True, True]
+
+
+@pytest.mark.parametrize("case", ["mean", "batch"])
+def test_equal_rewards_are_no_advantage(load_tiny: Any, tmp_path: Path, case: str) -> None:
+    """Seven times 0.1 has another mean in float32; normalize_then_sum takes the mean of the batch off at the end."""
+    changes: dict[str, Any] = {"reward_names": ("tenth",), "num_generations": 7, "per_device_train_batch_size": 7}
+    if case == "batch":
+        changes = {
+            "reward_names": ("first_half",),
+            "per_device_train_batch_size": 8,
+            "multi_objective_aggregation": "normalize_then_sum",
+        }
+    trainer = make_trainer(*opening(load_tiny), tmp_path, **changes)
+    trainer.train()
+    raw = torch.tensor(list(trainer._logs["advantages"]))
+    half = 0 if case == "mean" else 4
+    assert bool(raw[half:].any())  # the control: what TRL makes of them
+    assert float(raw[half:].abs().max()) < 1e-2
+    assert logged(trainer, "frac_dropped")[0] == pytest.approx(6 / 7 if case == "mean" else 0.5)
+    assert logged(trainer, "rollouts/idle_batches") == [1.0 if case == "mean" else 0.0]
+    assert (logged(trainer, "loss")[0] == 0) == (logged(trainer, "grad_norm")[0] == 0) == (case == "mean")
 
 
 def test_entropy_is_that_of_the_kept_rows() -> None:
