@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import signal
+import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +45,10 @@ def breaks(completions, **_):
 class Elsewhere:
     """An engine that is not the trainer's own, and fails at some of its calls."""
 
-    def __init__(self, engine: HFRolloutEngine, fails_at: tuple[int, ...] = (), loses: bool = False) -> None:
-        self.engine, self.fails_at, self.loses, self.calls = engine, fails_at, loses, 0
+    def __init__(
+        self, engine: HFRolloutEngine, fails_at: tuple[int, ...] = (), loses: bool = False, silent: bool = False
+    ) -> None:
+        self.engine, self.fails_at, self.loses, self.silent, self.calls = engine, fails_at, loses, silent, 0
         self.markers, self.capabilities = engine.markers, engine.capabilities
 
     def generate(self, requests: Any, sampling: Any) -> Any:
@@ -50,6 +56,10 @@ class Elsewhere:
         if self.calls in self.fails_at:
             raise ConnectionError("the engine is gone")
         rollouts = self.engine.generate(requests, sampling)
+        if self.silent:
+            nothing: dict[str, Any] = {"completion_ids": (), "latent_positions": ()}
+            nothing |= {name: getattr(rollouts[1], name)[:0] for name in ("logprobs", "forced", "latents")}
+            rollouts[1] = replace(rollouts[1], **nothing)
         return rollouts[:-1] if self.loses else rollouts
 
     def sync_weights(self, model: Any) -> None:
@@ -131,6 +141,66 @@ def test_an_engine_that_loses_a_rollout_is_named(load_tiny: Any, tmp_path: Path)
     with pytest.raises(Fault, match="failed after step 0: it made 3 rollouts of 4 requests"):
         run_of(load_tiny, tmp_path, {"loses": True}).train()
     assert kept(tmp_path) == []  # there was no whole step
+
+
+@pytest.mark.parametrize("rule", ["exclude", "keep"])
+def test_a_rollout_without_any_token_is_empty(load_tiny: Any, tmp_path: Path, rule: str) -> None:
+    trainer = run_of(load_tiny, tmp_path, {"silent": True}, on_rollout={"empty": rule, "unclosed": "keep"}, max_steps=1)
+    trainer.train()
+    (row,) = (row for row in trainer.state.log_history if "loss" in row)
+    assert row["rollouts/excluded_empty" if rule == "exclude" else "rollouts/empty"] == 0.25
+    raw = torch.tensor(list(trainer._logs["rewards"]["letters"]))
+    assert raw.isnan().tolist() == [False, rule == "exclude", False, False]
+    assert row["num_tokens"] > 0
+    assert bool(torch.isfinite(torch.tensor(row["grad_norm"])))
+
+
+def by_hand(rewards: list[list[float]], weights: list[float], aggregation: str, scale: str) -> list[float]:
+    """Advantages of groups of 4, as TRL documents them; NaN counts nowhere, and a row of them is 0."""
+
+    def normal(values: list[float], deviation: float | None = None) -> list[float]:
+        known = [value for value in values if not math.isnan(value)]
+        deviation = statistics.stdev(known) if deviation is None else deviation
+        return [(value - statistics.mean(known)) / (deviation + 1e-4) for value in values]
+
+    if aggregation == "normalize_then_sum":
+        columns = [
+            [v for at in (0, 4) for v in normal(list(column[at : at + 4]))] for column in zip(*rewards, strict=True)
+        ]
+        return normal([sum(w * v for w, v in zip(weights, row, strict=True)) for row in zip(*columns, strict=True)])
+    totals = [sum(w * v for w, v in zip(weights, row, strict=True)) for row in rewards]
+    whole = statistics.stdev([value for value in totals if not math.isnan(value)])
+    deviation = {"group": None, "batch": whole, "none": 1 - 1e-4}[scale]
+    return [value for at in (0, 4) for value in normal(totals[at : at + 4], deviation)]
+
+
+def test_one_row_left_out_under_every_way_to_scale(load_tiny: Any, tmp_path: Path) -> None:
+    trainer = run_of(load_tiny, tmp_path, reward_names=("letters", "first_half"), num_generations=4,
+                     per_device_train_batch_size=8)  # fmt: skip
+    trainer._excluded = lambda rollouts: [row == 2 for row in range(len(rollouts))]
+    weights = [1.0, 1.0]
+    inputs = [dict(row) for row in rows(images=False, count=2) for _ in range(4)]
+    found = {}
+    for aggregation, scale in (
+        ("sum_then_normalize", "group"),
+        ("sum_then_normalize", "batch"),
+        ("sum_then_normalize", "none"),
+        ("normalize_then_sum", "group"),
+    ):
+        trainer.multi_objective_aggregation, trainer.scale_rewards = aggregation, scale
+        made = trainer._generate_and_score_completions([dict(row) for row in inputs])
+        logs = trainer._logs["rewards"]
+        rewards = [
+            list(row) for row in zip(*(list(logs[name])[-8:] for name in ("letters", "first_half")), strict=True)
+        ]
+        assert [math.isnan(row[0]) for row in rewards] == [row == 2 for row in range(8)]
+        expected = [0.0 if math.isnan(v) else v for v in by_hand(rewards, weights, aggregation, scale)]
+        assert made["advantages"].tolist() == pytest.approx(expected, abs=1e-4)
+        assert float(made["advantages"][2]) == 0
+        found[aggregation, scale] = made["advantages"].tolist()
+        rewards[2] = [0.0, 0.0]  # the control: it counts, as an answer that is worth nothing
+        assert made["advantages"].tolist() != pytest.approx(by_hand(rewards, weights, aggregation, scale), abs=1e-2)
+    assert len({tuple(values) for values in found.values()}) == 4
 
 
 def test_rollouts_that_are_left_out_move_nothing(load_tiny: Any, tmp_path: Path) -> None:
@@ -215,6 +285,38 @@ def test_a_loss_that_is_no_number_never_reaches_the_parameters(
     skips.train()
     assert all(torch.equal(tensor, after_two[name]) for name, tensor in skips.model.state_dict().items())
     assert [row.get("skipped_updates") for row in skips.state.log_history[:-1]] == [None, None, 1.0]
+
+
+class Struck(LatentGRPOTrainer):
+    """Told to stop in the backward pass of the third step."""
+
+    def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
+        loss = super()._compute_loss(model, inputs)
+        if self.state.global_step == 2:
+            loss.register_hook(lambda gradient: os.kill(os.getpid(), signal.SIGTERM))
+        return loss
+
+
+def test_a_step_that_is_given_up_leaves_adaptive_entropy_alone(load_tiny: Any, tmp_path: Path) -> None:
+    """TRL moves it within the loss."""
+    settings: dict[str, Any] = {"use_adaptive_entropy": True, "entropy_coef": 0.01, "entropy_target": 100.0}
+    whole = run_of(load_tiny, tmp_path / "whole", max_steps=2, save_strategy="steps", save_steps=2, **settings)
+    whole.train()
+    struck = run_of(load_tiny, tmp_path / "struck", kind=Struck, **settings)
+    interrupt = Interrupt()
+    struck.add_callback(interrupt)
+    interrupt.install(struck)
+    struck.train()
+    assert kept(tmp_path / "struck") == [2]
+    one, two = (
+        json.loads((tmp_path / name / "run" / "checkpoint-2" / "entropy_ctrl_state.json").read_text())
+        for name in ("whole", "struck")
+    )
+    assert one["entropy_coef"] == two["entropy_coef"] == struck.entropy_coef > 0.01
+    assert struck._entropy_window_stats is None
+    again = run_of(load_tiny, tmp_path / "struck", **settings | {"max_steps": 3})
+    again.train(resume_from_checkpoint=str(tmp_path / "struck" / "run" / "checkpoint-2"))
+    assert again.entropy_coef > struck.entropy_coef  # the control: a whole step moves it
 
 
 def test_a_signal_gives_up_the_step_but_not_the_run(load_tiny: Any, tmp_path: Path) -> None:
