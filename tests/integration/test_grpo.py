@@ -64,17 +64,23 @@ def test_without_a_format_it_is_trl_bit_for_bit(load_tiny: Any, tmp_path: Path, 
         assert torch.equal(parameter, parameters[name]), name
 
 
-def test_a_text_batch_is_trl_with_the_banned_ids_out(load_tiny: Any, tmp_path: Path) -> None:
-    """With a format, a micro-batch without latents: TRL's loss on a head that has the same ban, bit for bit."""
-    model, processor = opening(load_tiny)
-    trainer = make_trainer(model, processor, tmp_path, data=rows(False, 1))
+@pytest.mark.parametrize("name", ["lvr", "slots"])
+def test_a_text_batch_is_trl_with_the_banned_ids_out(load_tiny: Any, tmp_path: Path, name: str) -> None:
+    """With a format, a micro-batch without latents: TRL's loss on a head that has the same ban, bit for bit. A format
+    without feedback never generates any."""
+    latent_format = LVR if name == "lvr" else get_format("slots")
+    model, processor = load_tiny("qwen2_5_vl", latent_formats=("lvr", "monet", "slots"))
+    trainer = make_trainer(model, processor, tmp_path, latent_format, data=rows(False, 1))
     made = trainer._generate_and_score_completions([{**row} for row in rows(False, 1)] * 4)
-    text = made["completion_ids"]
-    text = torch.where(
-        torch.isin(text, torch.tensor([*trainer.markers.never_sampled, trainer.markers.start])), 40, text
-    )
-    made |= {"completion_ids": text, "latent_positions": torch.full_like(made["latent_positions"], -1)}
-    made["tool_mask"] = torch.ones_like(made["completion_mask"])
+    if name == "slots":
+        assert not bool((made["latent_positions"] >= 0).any())
+        assert bool((made["tool_mask"] * made["completion_mask"]).any(1).all())
+    else:
+        text, start = made["completion_ids"], trainer.markers.start
+        text = torch.where(torch.isin(text, torch.tensor([*trainer.markers.never_sampled, start])), 40, text)
+        made |= {"completion_ids": text, "latent_positions": torch.full_like(made["latent_positions"], -1)}
+        made["tool_mask"] = torch.ones_like(made["completion_mask"])
+    made["advantages"] = torch.tensor([1.0, -1.0, 0.5, -0.5])
     model.train()
     found = trainer._compute_loss(model, {**made})
     trainer.markers, markers = None, trainer.markers
@@ -240,6 +246,9 @@ def test_what_the_trainer_cannot_do_is_refused(load_tiny: Any, tmp_path: Path) -
             make_trainer(model, processor, tmp_path, **changes)
     with pytest.raises(UserError, match="needs a latent format"):
         make_trainer(model, processor, tmp_path, None, reward_names=("looks",))
+    for name in ("tools", "environment_factory", "rollout_func"):
+        with pytest.raises(UserError, match=f"{name} is TRL's own way to generate"):
+            make_trainer(model, processor, tmp_path, given={name: [print] if name == "tools" else print})
     with pytest.raises(UserError, match="rewards is empty"):
         LatentGRPOTrainer(
             model,

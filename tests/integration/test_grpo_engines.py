@@ -80,8 +80,9 @@ def test_the_first_step_is_that_of_the_reference_engine(engine, folder, tmp_path
         assert torch.equal(mine.positions, other.positions)
         assert (mine.values - other.values).abs().max() < 1e-3
     assert logged(one, "loss")[0] == pytest.approx(logged(two, "loss")[0], abs=1e-4)
-    trained(folder, tmp_path / "seed", **changes, seed=7)
-    assert [r.completion_ids for r in read_rollouts(tmp_path / "seed" / "run")] != [r.completion_ids for r in ours]
+    if policy == "context":
+        trained(folder, tmp_path / "seed", **changes, seed=7)
+        assert [r.completion_ids for r in read_rollouts(tmp_path / "seed" / "run")] != [r.completion_ids for r in ours]
 
 
 def test_weights_arrive_at_every_step(engine, folder, tmp_path):

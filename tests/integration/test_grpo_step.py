@@ -144,6 +144,17 @@ def test_phases_add_up_to_the_step(load_tiny: Any, tmp_path: Path) -> None:
     assert not logged(trainer, "phase/loss_mfu")  # of GPUs alone
 
 
+def test_padding_is_no_work(load_tiny: Any, tmp_path: Path) -> None:
+    trainer = make_trainer(*opening(load_tiny), tmp_path)
+    trainer._peak_flops = 1e12
+    mask = torch.ones(2, 10, dtype=torch.long)
+    trainer._note_work("score", mask[:, :7], 3)
+    trainer._note_work("generate", torch.cat([mask[:, :7], 0 * mask[:, 7:]], 1), 6)  # three columns of padding
+    assert trainer.phases._flops["score"] == trainer.phases._flops["generate"] > 0
+    trainer._note_work("loss", mask, 6)
+    assert trainer.phases._flops["loss"] > 3 * trainer.phases._flops["score"]
+
+
 def test_the_table_shows_latents_and_signals(load_tiny: Any, tmp_path: Path) -> None:
     trainer = make_trainer(*opening(load_tiny), tmp_path, reward_names=("letters", "looks"), log_completions=True)
     trainer.train()
