@@ -104,6 +104,7 @@ def test_a_run_goes_on_where_it_stopped(home: Path, tmp_path: Path) -> None:
 
 def test_an_adapter_is_merged(home: Path, opener: Path, place: Path, tmp_path: Path) -> None:
     settings = {"use_peft": True, "lora_target_modules": "all-linear", "rewards": f"{home / 'mine.py'}:letters"}
+    settings["latent_policy"] = "unrolled"  # which TRL's own default of lora_dropout would not allow
     assert grpo(opener, place / "data", tmp_path / "out", max_steps=1, **settings) == 0
     load_model(tmp_path / "out" / "merged")
     merged, start = weights(tmp_path / "out" / "merged"), weights(opener)
@@ -143,6 +144,7 @@ def test_without_a_format_it_trains_the_twin(home: Path, opener: Path, place: Pa
         ({"reward_weights": "1.0"}, "reward_weights has no effect here"),
         ({"use_vllm": True}, "use_vllm generates without latents"),
         ({"use_peft": True, "freeze_merger": False}, "vision parts frozen"),
+        ({"use_peft": True, "lora_dropout": 0.05, "latent_policy": "unrolled"}, "set lora_dropout to 0"),
         ({"train_file": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"resume_from_checkpoint": "latest"}, "nothing to resume"),
         ({"temperature": 0}, "temperature"),
