@@ -15,7 +15,7 @@ _QUOTED = re.compile("(?<!\\w)['\"\u2018\u201c]([A-Za-z])['\"\u2019\u201d](?!\\w
 _DRESS = re.compile(r"\*+|(?<!\w)_+|_+(?!\w)|`|\$|\\[()\[\]]")
 """Emphasis and the borders of formulas."""
 
-_DELIMITER = r"(?:\s*[)\].:;]|\s*,(?=\s)|\s+[-\u2013\u2014]+\s|\s*[\r\n]|\s*$)"
+_DELIMITER = r"(?:\s*[)\].:;!]|\s*,(?=\s)|\s+[-\u2013\u2014]+\s|\s*[\r\n]|\s*$)"
 _GOES_ON = r"(?:\s+(?:because|since|as|for|which|with)\b)"
 _END = rf"(?:(?<=[A-Z])(?=\s+(?![-+*/=<>^])\S)(?<![AI])|(?={_DELIMITER})|(?={_GOES_ON}))"
 """After a letter: a delimiter or a conjunction; after a capital also a word, but for the words A and I."""
@@ -37,7 +37,7 @@ _PRAISED = re.compile(
 _NAMED = re.compile(rf"\b(?i:answer|option|choice)(?:\s+|(?=[(\[])){_LETTER}")
 """Option B."""
 _WHOLE = re.compile(
-    rf"[\s(\[]*([A-Za-z])(?:\s*$|\s*[)\].:]|\s+[-\u2013\u2014]+\s|\s*[\r\n]|(?<![AI])(?:,\s|{_GOES_ON}))"
+    rf"[\s(\[]*([A-Za-z])(?:\s*$|\s*[)\].:!]|\s+[-\u2013\u2014]+\s|\s*[\r\n]|(?<![AI])(?:,\s|{_GOES_ON}))"
 )
 """A text that begins with the letter alone."""
 

@@ -50,6 +50,8 @@ The answer is B and not C.|B
 The answer is B because A is blue.|B
 The answer is A because it is red.|A
 The answer is A.|A
+My answer is A!|A
+B!|B
 So the answer is A, since it is red|A
 A. A cat|A
 B - red|B
@@ -114,6 +116,8 @@ Either A or B is correct.
 I'd say the answer
 The answer lies between B and C
 Plan B failed
+The answer is A?
+Both A and B are correct!
 Vitamin C
 Answer: B is wrong.
 I, for one, am lost
