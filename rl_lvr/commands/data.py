@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from rl_lvr.errors import UserError
+from rl_lvr.piping import pipeable
 from rl_lvr.printable import printable
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     show.add_argument("--scale", type=_positive, metavar="N", help="enlarge N times (to about 480 pixels)")
 
 
+@pipeable
 def run(args: argparse.Namespace) -> int:
     return {"check": _check, "make": _make, "show": _show}[args.action](args)
 

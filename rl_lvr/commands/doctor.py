@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rl_lvr.ops import backends
+from rl_lvr.piping import pipeable
 
 HELP = "show what is installed, what will be used on this machine, and how to get what is missing"
 
@@ -346,6 +347,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
 
+@pipeable
 def run(args: argparse.Namespace) -> int:
     """Exit code 0 if training can run here, 1 if something that it requires is missing."""
     report = inspect()

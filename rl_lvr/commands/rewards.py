@@ -7,8 +7,8 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rl_lvr.commands.piping import pipeable
 from rl_lvr.errors import UserError
+from rl_lvr.piping import pipeable
 from rl_lvr.printable import printable
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from rl_lvr.commands.piping import pipeable
 from rl_lvr.commands.rewards import some
 from rl_lvr.errors import UserError
+from rl_lvr.piping import pipeable
 from rl_lvr.printable import printable
 
 if TYPE_CHECKING:
