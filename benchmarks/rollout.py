@@ -1,14 +1,17 @@
 """Tokens per second of latent decoding against text decoding in the same vLLM engine, and against the reference engine.
 
-    python benchmarks/rollout.py [--model FOLDER] [--batches 1 8 64] [--tokens 64] [--repeats 5]
+    python benchmarks/rollout.py [--model FOLDER] [--batches 1 8 64] [--tokens N] [--repeats N]
 
 A latent row feeds its own hidden state at every step, a text row draws ordinary tokens; all rows have the same length.
 Each measure subtracts a short run from a long one, so that prefill and set-up cancel out; sides take turns, and a ratio
 is the median over the turns. First the rollouts must be right: against teacher forcing within 1e-4 in fp32, in bf16
 within twice what the reference engine's bf16 differs from fp32. The last line is JSON.
 
-On a CUDA GPU with graphs on, the bar is latent >= 0.95 x text. Without --model a tiny random model is taken. On a CPU
-the GPU's kernels run in Triton's interpreter: the ratio says how many of them a latent step adds, not what it costs.
+On a CUDA GPU with graphs on, the bar is latent >= 0.95 x text; the exit code is 1 if it is missed, or the rollouts are
+wrong. Text is decoded in the same engine (intervention none), so it pays what the plugin does at every step too: a vLLM
+without the plugin would need a second engine and is not measured here. Without --model a tiny random model is taken. On
+a CPU the GPU's kernels run in Triton's interpreter: the ratio says how many of them a latent step adds, not what it
+costs. 16 steps and 3 turns are the default there, 64 and 5 on a GPU.
 """
 
 from __future__ import annotations
@@ -218,8 +221,8 @@ def main() -> int:
     parser.add_argument("--model", type=Path, help="folder of a model whose tokenizer has the format's markers")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--dtype", default="bfloat16" if CUDA else "float32", choices=("bfloat16", "float32"))
-    parser.add_argument("--tokens", type=int, default=64, help="decode steps that are timed")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=64 if CUDA else 16, help="decode steps that are timed")
+    parser.add_argument("--repeats", type=int, default=5 if CUDA else 3, help="turns of every side")
     parser.add_argument("--max-model-len", type=int, default=1024)
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.4)
     parser.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs; the bar then does not apply")
@@ -254,7 +257,12 @@ def main() -> int:
         "torch": torch.__version__,
     }
     print(json.dumps(result))
-    return 0 if right else 1
+    return exit_code(result)
+
+
+def exit_code(result: dict[str, Any]) -> int:
+    """0 if the rollouts are right and the bar, where there is one, is met."""
+    return 0 if result["right"] and result["met"] is not False else 1
 
 
 if __name__ == "__main__":
