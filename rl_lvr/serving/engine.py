@@ -131,6 +131,7 @@ class LatentAsyncLLM(AsyncLLM):
         if ids is None:
             raise VLLMValidationError("latents need a prompt of tokens: send text, messages or token ids.")
         extra = params.extra_args or {}
+        self._check_numbers(params)
         if wire.UID in extra:
             raise VLLMValidationError(f"{wire.UID} is the server's own: ask for latents with return_latents instead.")
         try:
@@ -144,6 +145,19 @@ class LatentAsyncLLM(AsyncLLM):
             )
         except UserError as error:
             raise VLLMValidationError(str(error)) from error
+
+    def _check_numbers(self, params: Any) -> None:
+        """What neither vLLM's tables nor ours can hold would end the engine, and with it everybody's requests."""
+        vocabulary = self.settings.limits.vocabulary
+        numbers = {"max_tokens": params.max_tokens, "min_tokens": params.min_tokens, "top_k": params.top_k}
+        for name, value in numbers.items():
+            if value is not None and value > wire.MOST:
+                raise VLLMValidationError(f"{name} is {value}; it must be {wire.MOST} at most.")
+        if params.seed is not None and not -wire.SEEDS <= params.seed < wire.SEEDS:
+            raise VLLMValidationError(f"seed is {params.seed}; it must have 64 bits at most.")
+        for token in params.stop_token_ids or ():
+            if not 0 <= token < vocabulary:
+                raise VLLMValidationError(f"stop_token_ids holds {token}; ids are 0 to {vocabulary - 1}.")
 
     def _may_overflow(self, args: wire.LatentArgs, params: Any) -> bool:
         """Whether a worker might have to cut this request off for want of room, which only a fetch can tell."""

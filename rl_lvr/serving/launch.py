@@ -87,6 +87,7 @@ def vllm_arguments(options: ServeOptions, flags: Sequence[str], port: int) -> An
     from rl_lvr.rollout.vllm.worker import EXTENSION
 
     guards.check_version()
+    guards.check_runtime()
     folder = checkpoint_folder(options.model)
     changes = {} if options.k is None else {"k": options.k}
     format_ = choose_format(options.format, LatentFormat.load(folder), folder, **changes)
@@ -164,7 +165,7 @@ async def _run(arguments: Any, sock: socket.socket, shared: Path | None) -> int:
     began = time.monotonic()
     validate_api_server_args(arguments)
     set_ulimit()
-    engine = await _engine(arguments)
+    engine = await _engine(arguments, takes_weights=shared is not None)
     try:
         tasks = await engine.get_supported_tasks()
         app = build_app(arguments, tasks, engine.model_config)
@@ -218,17 +219,20 @@ def _interrupt(number: int, frame: Any) -> None:
     raise _Interrupted
 
 
-async def _engine(arguments: Any) -> Any:
-    """vLLM with latents that have been seen to work in every worker."""
+async def _engine(arguments: Any, *, takes_weights: bool) -> Any:
+    """vLLM with latents that have been seen to work in every worker. `takes_weights`: of a trainer."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
 
+    from rl_lvr.rollout.vllm import guards
     from rl_lvr.serving.engine import LatentAsyncLLM
 
-    try:
-        config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config(UsageContext.OPENAI_API_SERVER)
-    except ValueError as error:
-        raise UserError(f"vLLM refuses these settings: {str(error).strip()}") from error
+    config = guards.engine_config(AsyncEngineArgs.from_cli_args(arguments), UsageContext.OPENAI_API_SERVER)
+    if takes_weights and not guards.takes_weights(config):
+        raise UserError(
+            f"a model in {config.model_config.quantization} cannot take a trainer's weights: leave --weights-folder "
+            "out, or serve the model unquantized."
+        )
     say("starting the engine and reading the weights; this takes seconds to minutes ...")
     try:
         engine = LatentAsyncLLM.from_vllm_config(

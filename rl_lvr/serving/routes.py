@@ -21,7 +21,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from rl_lvr.errors import UserError
 from rl_lvr.rollout.server import protocol
 from rl_lvr.rollout.vllm import wire
-from rl_lvr.rollout.vllm.calls import Answer
+from rl_lvr.rollout.vllm.calls import Answer, check_seed
 from rl_lvr.rollout.vllm.slots import FED
 from rl_lvr.rollout.vllm.weights import Receipt
 from rl_lvr.serving.engine import Finished, LatentAsyncLLM, wanted
@@ -116,6 +116,8 @@ async def rollout(body: Annotated[Any, Body()], raw_request: Request) -> JSONRes
     engine: LatentAsyncLLM = raw_request.app.state.engine_client
     call = _parsed(Call, body)
     try:
+        if call.sampling_params.seed is not None:
+            check_seed(call.sampling_params.seed)
         params = SamplingParams(**call.sampling_params.model_dump(), output_kind=RequestOutputKind.FINAL_ONLY)
         prompt: dict[str, Any] = {"prompt_token_ids": call.prompt_token_ids}
         if call.pictures:
@@ -183,6 +185,8 @@ def _asked(request: Any) -> bool:
     for name in extra:
         if name in wire.KEYS:
             raise VLLMValidationError(f"{name} belongs into vllm_xargs, or it would be overlooked.")
+    if request.use_beam_search:
+        raise VLLMValidationError("beam search would drop what vllm_xargs say of latents: leave use_beam_search out.")
     asked = extra.get(RETURN, False)
     if not isinstance(asked, bool):
         raise VLLMValidationError(f"{RETURN} is {asked!r}; it must be true or false.")

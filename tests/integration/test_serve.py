@@ -28,7 +28,7 @@ from rl_lvr.rollout.replay import check_parity
 from rl_lvr.rollout.server import protocol
 from rl_lvr.rollout.server.engine import ServerRolloutEngine
 from rl_lvr.rollout.types import Request, Sampling
-from rl_lvr.rollout.vllm import wire
+from rl_lvr.rollout.vllm import guards, wire
 from rl_lvr.serving.launch import ServeOptions, vllm_arguments
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -260,6 +260,15 @@ BAD_XARGS = {
     "too many": ({**GIVEN, "latent_vectors": rows(ROOM + 1)}, "raise max_latents"),
     "positions alone": ({"latent_prompt_positions": [1]}, "go together"),
     "a uid": ({"latent_uid": "mine"}, "is the server's own"),
+    "sigma beyond all tables": ({"latent_sigma": 1e39}, "at most 1e\\+06"),
+    "opens": ({"latent_opens": "yes"}, "latent_opens is 'yes'; it must be 0 or 1"),
+    "opens at_start": ({"latent_opens": 1}, "latent_opens is for formats whose first latent comes before_start"),
+    "prompt latents of no kind": ({"latent_prompt_vectors": 3, "latent_prompt_positions": 4}, "must be text"),
+    "filler": ({"latent_filler": 2**63}, "latent_filler is 9223372036854775808; it must be a whole number, 0 to"),
+    **{
+        f"k {kind}": ({"latent_k": 2**63, "latent_intervention": kind}, "latent_k is 9223372036854775808; it must")
+        for kind in ("own", "none", "skip", "markers_only", "plain_tokens")
+    },
 }
 BAD_BODIES = {
     "beside vllm_xargs": ({"latent_k": 2}, "belongs into vllm_xargs"),
@@ -268,6 +277,10 @@ BAD_BODIES = {
     "two prompts": ({"return_latents": True, "prompt": ["red", "blue"]}, "send the 2 prompts singly"),
     "a slot without its vector": ({"prompt": "red <|lvr_start|><|lvr|>"}, "gives no vector"),
     "structure": ({"response_format": {"type": "json_object"}}, "structured outputs"),
+    "beams": ({"use_beam_search": True, "n": 2}, "leave use_beam_search out"),
+    "top_k": ({"temperature": 1.0, "top_k": 2**63}, "top_k is 9223372036854775808; it must be"),
+    "top_k beyond any message": ({"temperature": 1.0, "top_k": 2**64}, "top_k is 18446744073709551616; it must be"),
+    "stop token": ({"stop_token_ids": [2**63]}, "stop_token_ids holds 9223372036854775808; ids are"),
 }
 GOOD_CALL = {"prompt_token_ids": [20, 21], "sampling_params": {"max_tokens": 2, "temperature": 0.0, "logprobs": 0}}
 BAD_CALLS = {
@@ -278,6 +291,9 @@ BAD_CALLS = {
     "picture": ({"pictures": ["AAAA"]}, "no PNG, JPEG or WebP"),
     "sampling field": ({"sampling_params": {"max_tokens": 2, "n": 2}}, "sampling_params.n: extra inputs"),
     "sampling value": ({"sampling_params": {"max_tokens": 2, "temperature": -1.0}}, "temperature"),
+    "seed": ({"sampling_params": {"max_tokens": 2, "seed": 2**63}}, "the seed 9223372036854775808 cannot be used"),
+    "no seed": ({"sampling_params": {"max_tokens": 2, "seed": -1}}, "the seed -1 cannot be used"),
+    "tokens": ({"sampling_params": {"max_tokens": 2**31 - 1}}, "max_tokens is 2147483647; it must be"),
     "sampling type": ({"sampling_params": {"max_tokens": "many"}}, "max_tokens: input should be a valid integer"),
 }
 
@@ -296,6 +312,10 @@ def test_bad_requests_are_refused_in_a_sentence(server: Server) -> None:
     messages = {"messages": [{"role": "user", "content": "red"}], "max_tokens": 2}
     assert "belongs into" in refusal(server.post("/v1/chat/completions", {**messages, "latent_k": 2}))
     assert "did you mean" in refusal(server.post("/v1/chat/completions", {**messages, "vllm_xargs": {"latent_kk": 2}}))
+    assert "leave use_beam_search" in refusal(
+        server.post("/v1/chat/completions", {**messages, "use_beam_search": True})
+    )
+    assert server.post("/v1/completions", good).status_code == 200, "it lives"
 
 
 @pytest.mark.usefixtures("empty_afterwards")
@@ -343,6 +363,13 @@ def test_settings_that_cannot_be_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=words):
         vllm_arguments(ServeOptions(str(rig.folder), **{"format": "lvr", **options}), flags, 8000)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU only")
+def test_a_machine_that_runs_no_kernels_is_told_so(rig: VLLMRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guards, "interpreted", lambda: False)  # Triton decides that once, on import
+    with pytest.raises(UserError, match="set TRITON_INTERPRET=1 in the environment before the start"):
+        vllm_arguments(ServeOptions(str(rig.folder), format="lvr"), [], 8000)
 
 
 def test_development_routes_are_not_opened_to_the_world(
