@@ -179,6 +179,13 @@ def test_settings_that_cannot_be_are_refused_before_anything_starts(text, settin
     assert "\n" not in str(told.value)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU only")
+def test_a_machine_that_runs_no_kernels_is_told_so(text, monkeypatch):
+    monkeypatch.setattr(guards, "interpreted", lambda: False)  # Triton decides that once, on import
+    with pytest.raises(UserError, match="set TRITON_INTERPRET=1 in the environment before the start"):
+        text.rig.vllm(text.format)
+
+
 def test_a_quantized_model_takes_no_weights(text, monkeypatch):
     from vllm.engine.arg_utils import EngineArgs
     from vllm.usage.usage_lib import UsageContext

@@ -29,8 +29,8 @@ CASES = {
 }
 ROOM = {"qwen3": 12}
 """max_latents of the case, where it is not the default."""
-LONG = replace(GREEDY, max_tokens=18)
-SHORT = replace(SAMPLED, max_tokens=12)
+LONG = replace(GREEDY, max_tokens=20)
+SHORT = replace(SAMPLED, max_tokens=14)
 
 
 class Case:
