@@ -220,9 +220,8 @@ class LatentGRPOTrainer(CheckedGRPO):
             requests = [replace(turn.requests[row], intervention=Intervention.SKIP) for row in wanted or [0]]
             with torch.no_grad(), self.accelerator.autocast(), self._phase("generate"), self._whole_weights():
                 made = self._rollouts(requests, turn.sampling)
-            ids = [list(rollout.completion_ids) for rollout in made[: len(wanted)]]
-            for row, text in zip(wanted, self._tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
-                texts[row] = text
+            for row, rollout in zip(wanted, made, strict=False):
+                texts[row] = self._tokenizer.decode(list(rollout.completion_ids), skip_special_tokens=True)
         return texts
 
     def _next_turn(self) -> int:
