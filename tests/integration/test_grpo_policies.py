@@ -14,6 +14,8 @@ from torch import Tensor
 
 from rl_lvr.errors import Fault, UserError
 from rl_lvr.latents.batch import LatentBatch
+from rl_lvr.latents.feedback import attach_feedback
+from rl_lvr.latents.format import get_format
 from rl_lvr.rollout.hf import HFRolloutEngine
 from rl_lvr.training.grpo import LatentGRPOTrainer
 from rl_lvr.training.grpo_pass import own_latents
@@ -163,6 +165,109 @@ def test_lora_with_the_adapter_off_as_reference(load_tiny: Any, tmp_path: Path, 
     assert all(torch.equal(weight, after[name]) for name, weight in base.items())
     if policy == "gaussian":
         assert logged(trainer, "latent/kl")[-1] > 0
+
+
+@pytest.mark.parametrize("policy", ["unrolled", "gaussian", "spherical"])
+def test_dropout_is_refused_where_latents_are_compared(load_tiny: Any, tmp_path: Path, policy: str) -> None:
+    def config() -> LoraConfig:
+        return LoraConfig(r=4, lora_dropout=0.05, target_modules=r".*language_model.*\.(q_proj|v_proj)")
+
+    model, processor = opening(load_tiny)
+    with pytest.raises(UserError, match=r"lora_dropout \(0.05\) changes them in training alone: set lora_dropout to 0"):
+        make_trainer(model, processor, tmp_path, latent_policy=policy, peft_config=config())
+    if policy == "unrolled":
+        make_trainer(*opening(load_tiny), tmp_path, peft_config=config())  # context compares nothing
+        for layer in model.model.language_model.layers:
+            layer.self_attn.attention_dropout = 0.1
+        with pytest.raises(UserError, match="set attention_dropout to 0"):
+            make_trainer(model, processor, tmp_path, latent_policy=policy)
+
+
+def test_what_masks_the_text_of_a_row_masks_its_latents(load_tiny: Any, tmp_path: Path) -> None:
+    """By hand: the ratio of a fresh rollout is 1, so the latents' loss is -sum of w A over the rows that have any."""
+    trainer = make_trainer(*opening(load_tiny), tmp_path, latent_policy="gaussian")
+    made = generation(trainer)
+    advantages = made["advantages"] = torch.tensor([1.0, -2.0, -0.5, 4.0])
+    has = own_latents(LatentBatch.from_tensors(made), made["prompt_ids"].shape[1]).any(1)
+    assert int(has.sum()) >= 3
+    chosen = (made["completion_mask"] * made["tool_mask"]).bool()
+
+    def loss(**changes: Any) -> float:
+        trainer._compute_loss(trainer.model, made | changes)
+        return trainer._metrics["train"]["latent/loss"][-1]
+
+    def expected(*weights: float) -> Any:
+        return pytest.approx(-float((torch.tensor(weights) * advantages * has).sum()) / 4, abs=1e-2)
+
+    assert loss() == expected(1, 1, 1, 1)
+    rows = torch.tensor([0.0, 1.0, 2.0, 0.5])
+    assert loss(importance_sampling_ratio=rows[:, None]) == expected(*rows.tolist())
+    tokens = torch.where(chosen, rows[:, None], 1.0)  # as TRL leaves it where nothing was drawn
+    assert loss(importance_sampling_ratio=tokens) == expected(*rows.tolist())
+    trainer.off_policy_mask_threshold = 0.5
+    far = made["sampling_per_token_logps"] + torch.tensor([1.0, 1.0, 0.0, 0.0])[:, None]
+    assert loss() == expected(1, 1, 1, 1)
+    assert loss(sampling_per_token_logps=far) == expected(1, 0, 1, 1)  # a better answer than its group stays
+
+
+@pytest.mark.parametrize("case", ["context", "gaussian", "free"])
+def test_the_gradient_of_the_loss_by_finite_differences(load_tiny: Any, tmp_path: Path, case: str) -> None:
+    """Of the whole loss of a micro-batch, in float64, with ratios that are not 1."""
+    latent_format = LVR if case != "free" else get_format("monet", k=4)
+    model, processor = opening(load_tiny, latent_format, init_std=0.1, times=8.0)
+    policy = "gaussian" if case == "gaussian" else "context"
+    more = {"parity_check": False, "epsilon": 10.0, "latent_epsilon": 10.0}
+    trainer = make_trainer(model.double(), processor, tmp_path, latent_format, latent_policy=policy, **more)
+    made = generation(trainer)
+    assert bool((made["latent_positions"] >= 0).any())
+    ids, markers = made["completion_ids"], trainer.markers
+    if case == "free":
+        decided = made["tool_mask"].bool() & torch.isin(ids, torch.tensor([markers.slot, markers.end]))
+        assert bool(decided.any())
+    made["advantages"] = torch.tensor([1.0, -1.0, 0.5, -0.5])
+    made["old_per_token_logps"] = made["old_per_token_logps"] - 0.05
+    if case == "gaussian":
+        made["latent_old_means"] = made["latent_old_means"] * 1.01
+    found, others = gradients(trainer, made), gradients(trainer, made | {"advantages": made["advantages"].flip(0)})
+    name = next(n for n in found if n.endswith("layers.0.mlp.down_proj.weight") and "language" in n)
+    if case == "gaussian":
+        trainer.args.latent_weight = 0.0
+        others = gradients(trainer, made)  # the control: without the latents' term
+        trainer.args.latent_weight = 1.0
+    weight = dict(model.named_parameters())[name]
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1), dtype=weight.dtype)
+    direction = found[name] / found[name].norm() + noise / weight.numel() ** 0.5
+    step, values = 1e-3, []  # not smaller: norms and log-probs are rounded to float32
+    with torch.no_grad():
+        for sign in (1, -2):
+            weight += sign * step * direction
+            values.append(float(trainer._compute_loss(model, {**made})))
+    slope = (values[0] - values[1]) / (2 * step)
+    assert slope == pytest.approx(float((found[name] * direction).sum()), rel=1e-2)
+    assert slope != pytest.approx(float((others[name] * direction).sum()), rel=5e-2)
+
+
+@pytest.mark.parametrize("policy", ["context", "gaussian"])
+def test_gradient_checkpointing_changes_nothing(load_tiny: Any, tmp_path: Path, policy: str) -> None:
+    """With a feedback map, which has a gradient only where latents have a price."""
+    latent_format = get_format("lvr", k=3, projector="linear")
+    model, processor = opening(load_tiny)
+    attach_feedback(model, latent_format)
+    trainer = make_trainer(model, processor, tmp_path, latent_format, latent_policy=policy, gradient_checkpointing=True)
+    model.gradient_checkpointing_disable()  # TRL switches it on
+    made = generation(trainer)
+    made["advantages"] = torch.tensor([1.0, -1.0, 0.5, -0.5])
+    calls: list[int] = []
+    model.model.language_model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    off, once = gradients(trainer, made), len(calls)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    on = gradients(trainer, made)
+    assert len(calls) == 3 * once  # the control: layers were computed again
+    assert on.keys() == off.keys()
+    assert all(torch.allclose(on[name], gradient, atol=1e-6) for name, gradient in off.items())
+    assert (
+        ("latent_proj.linear.weight" in off) == model.latent_proj.linear.weight.requires_grad == (policy != "context")
+    )
 
 
 # ---- faults in the carrier
