@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import deepspeed
@@ -23,6 +23,8 @@ from transformers import Trainer
 from trl import GRPOTrainer
 
 from rl_lvr import cli
+from rl_lvr.latents.interventions import Intervention
+from rl_lvr.rollout.hf import HFRolloutEngine
 from rl_lvr.training import grpo_resuming, launch_grpo, resuming  # noqa: F401, the verb imports it late
 from rl_lvr.training.rewarding import guard
 
@@ -40,7 +42,7 @@ class Leg:
     struck: int = 0
     """The rank that gets it."""
     lost: str | None = None
-    """What is not restored: a name of `LOSSES`."""
+    """What is not restored, or what process 1 lacks: a name in `lose`."""
     ranks: int = 1
     port: int = 0
 
@@ -55,7 +57,7 @@ PLACES: dict[str, tuple[Any, str]] = {
 }
 
 
-def lose(what: str) -> None:
+def lose(what: str, rank: int) -> None:
     if what == "random":
         Trainer._load_rng_state = lambda self, checkpoint: None
     elif what == "order":
@@ -64,8 +66,23 @@ def lose(what: str) -> None:
         grpo_resuming.ResumableGRPO._load_buffer = lambda self, checkpoint: None
     elif what == "reference":
         grpo_resuming.ResumableGRPO._load_reference = lambda self, path: None
+    elif what in ("latents", "spans"):
+        if rank == 1:
+            HFRolloutEngine.generate = other_rollouts(HFRolloutEngine.generate, what)
     else:
         raise ValueError(what)
+
+
+def other_rollouts(generate: Callable[..., Any], lost: str) -> Callable[..., Any]:
+    """An engine that returns other latents than it fed, or one that never opens a span."""
+
+    def made(self: Any, requests: Any, sampling: Any) -> Any:
+        if lost == "spans":
+            requests = [replace(request, intervention=Intervention.NONE) for request in requests]
+        rollouts = generate(self, requests, sampling)
+        return rollouts if lost == "spans" else [replace(rollout, latents=-rollout.latents) for rollout in rollouts]
+
+    return made
 
 
 def arm(place: str, nth: int, number: int) -> None:
@@ -106,7 +123,7 @@ def be(leg: Leg, rank: int) -> None:
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             deepspeed.init_distributed(dist_backend="gloo")
         if leg.lost is not None:
-            lose(leg.lost)
+            lose(leg.lost, rank)
         if leg.place is not None and rank == leg.struck:
             arm(leg.place, leg.nth, leg.signal)
         code = cli.main(leg.words)

@@ -38,6 +38,9 @@ calls = 0
 def letters(completions, **_):
     return [float(sum(map(ord, str(c))) % 7) for c in completions]
 
+def needed(completions, necessity_completions, **_):
+    return [value + (text is not None) for value, text in zip(letters(completions), necessity_completions)]
+
 def one_fails(completions, **_):
     global calls
     calls += 1
@@ -87,10 +90,11 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     processor.save_pretrained(folder / "model")
     write_puzzles(folder / "data", train=8, test=4)
     (folder / "reward.py").write_text(REWARD)
-    zero = {"stage": 2, "stage3_gather_16bit_weights_on_model_save": True}
     auto = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto")
-    config = {**auto, "zero_optimization": zero, "zero_allow_untested_optimizer": True}
-    (folder / "zero2.json").write_text(json.dumps(config))
+    for stage in (2, 3):
+        zero = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}
+        config = {**auto, "zero_optimization": zero, "zero_allow_untested_optimizer": True}
+        (folder / f"zero{stage}.json").write_text(json.dumps(config))
     return folder
 
 
@@ -209,6 +213,24 @@ def test_every_piece_of_the_state_is_needed(grpo: Run, whole: Path, tmp_path: Pa
     assert same(out, whole) == (lost is None)
 
 
+SHORT: dict[str, Any] = {"max_steps": 5, "save_steps": 3, "train_limit": 8}
+"""A checkpoint inside the first generation batch, which serves four steps, and a step of the next one."""
+
+
+def test_an_adapter_goes_on_bit_for_bit(grpo: Run, work: Path, tmp_path: Path) -> None:
+    """With dropout, which draws from the random states; control: without them."""
+    adapter = {"use_peft": True, "lora_target_modules": "all-linear", "lora_dropout": 0.2, "sync_ref_model": False}
+    settings = SHORT | adapter | {"latent_policy": "context", "latent_sigma": 0}
+    alone = tmp_path / "alone"
+    assert grpo(alone, **settings) == [0], said(alone)
+    assert "merged" in {path.name for path in alone.iterdir()}
+    for lost in (None, "random"):
+        out = tmp_path / str(lost)
+        resumed_from(alone, out, 3)
+        assert grpo(out, {"lost": lost}, resume_from_checkpoint="latest", **settings) == [0], said(out)
+        assert same(out, alone) == same(out / "merged", alone / "merged") == (lost is None)
+
+
 class Bomb:
     """A pickle that does something when it is read."""
 
@@ -278,3 +300,11 @@ def test_an_error_in_one_process_stops_all_with_a_checkpoint(grpo: Run, work: Pa
         assert "process 1: reward 'one_fails' raised ValueError (here alone)" in said(out, rank)
     assert [folder.name for folder in out.glob("checkpoint-*")] == ["checkpoint-4"]
     assert defect(out / "checkpoint-4") is None
+
+
+def test_an_engine_that_disagrees_in_one_process_stops_all(grpo: Run, work: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    settings = SHARDED | {"deepspeed": work / "zero2.json", "max_steps": 1}
+    assert grpo(out, {"lost": "latents"}, ranks=2, **settings) == [1, 1], said(out)
+    for rank in range(2):
+        assert "process 1: the engine does not agree with the model: latents differ by" in said(out, rank)
