@@ -37,7 +37,7 @@ from rl_lvr.training.grpo_inputs import processed_once
 from rl_lvr.training.grpo_pass import FedModel, own_latents
 from rl_lvr.training.grpo_turn import Turn, build_requests, request_seed
 from rl_lvr.training.latent_policy import LatentActions, Pricing, latent_loss
-from rl_lvr.training.rewards import RewardSpec, signals_of, weights_at
+from rl_lvr.training.rewards import RewardSpec, require_whole_groups, signals_of, weights_at
 
 
 class LatentGRPOTrainer(CheckedGRPO):
@@ -101,8 +101,9 @@ class LatentGRPOTrainer(CheckedGRPO):
         require_columns(self.specs, without_latents=True)
 
     def _prepare(self, latent_format: LatentFormat, engine: RolloutEngine | None) -> None:
-        require_columns(self.specs)
         config: LatentGRPOConfig = self.args
+        require_columns(self.specs)
+        require_whole_groups(self.specs, config)
         refuse_dropout(config.latent_policy, *dropout_of(self.model))
         if config.latent_policy == "context" and hasattr(unwrapped(self.model), FEEDBACK):
             # Latents are fixed inputs of the policy pass: nothing in it has a gradient, and DDP would wait for one.

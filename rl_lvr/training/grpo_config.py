@@ -73,6 +73,10 @@ class LatentGRPOConfig(RolloutSettings, Defaults, GRPOConfig):
         },
     )
     record_rollouts: bool = field(default=True, metadata={"help": "Write rollouts below output_dir/rollouts."})
+    peak_tflops: float | None = field(
+        default=None,
+        metadata={"help": "What the hardware does per second at most, in 1e12 operations. Default: a known GPU's."},
+    )
 
     def __post_init__(self) -> None:
         if self.latent_policy not in POLICIES:

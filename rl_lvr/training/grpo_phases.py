@@ -94,7 +94,7 @@ class TimedGRPO(GuardedGRPO):
         config: Any = self.accelerator.unwrap_model(self.model).config
         self._text_config = config.get_text_config()
         half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else self.model.dtype
-        self._peak_flops = peak_flops(self.accelerator.device, half)
+        self._peak_flops = peak_flops(self.accelerator.device, half, self.args.peak_tflops)
         if self.markers is not None:
             self.add_callback(_StepEnds(self))
 
