@@ -302,6 +302,25 @@ def test_an_error_in_one_process_stops_all_with_a_checkpoint(grpo: Run, work: Pa
     assert defect(out / "checkpoint-4") is None
 
 
+def test_under_zero3_a_run_goes_on_inside_a_generation_batch(grpo: Run, work: Path, tmp_path: Path) -> None:
+    """Process 1 never opens a span: what necessity asks for again, it makes for nothing."""
+    alone, out = tmp_path / "alone", tmp_path / "run"
+    # An engine that never opens a span draws from another distribution than the model's.
+    other = {"rewards": f"{work / 'reward.py'}:needed", "replay_tolerance": 1e9}
+    settings = SHARDED | SHORT | other | {"deepspeed": work / "zero3.json"}
+    assert grpo(alone, {"lost": "spans"}, ranks=2, **settings) == [0, 0], said(alone)
+    resumed_from(alone, out, 3)
+    assert len(list((out / "checkpoint-3").glob("generation-*.safetensors"))) == 2
+    again = {"resume_from_checkpoint": "latest"}
+    assert grpo(out, {"lost": "spans"}, ranks=2, **settings, **again) == [0, 0], said(out)
+    mine, theirs, start = weights(out), weights(alone), weights(alone / "checkpoint-3")
+    assert max(float((mine[name] - theirs[name]).abs().max()) for name in theirs) <= 1e-6
+    assert max(float((start[name] - theirs[name]).abs().max()) for name in theirs) > 1e-4
+    found = read_rollouts(alone)
+    assert all((row.columns["necessity_completions"] is None) == (not row.spans) for row in found)
+    assert {row.rank for row in found if row.spans} == {0}
+
+
 def test_an_engine_that_disagrees_in_one_process_stops_all(grpo: Run, work: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     settings = SHARDED | {"deepspeed": work / "zero2.json", "max_steps": 1}

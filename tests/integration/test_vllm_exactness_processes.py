@@ -12,7 +12,18 @@ from itertools import pairwise
 import pytest
 import torch
 from vllm_cases import VLLMRig, thinking
-from vllm_conditions import GREEDY, NOISY, TIGHT, alone, counters, five_requests, forced_async, identical, start
+from vllm_conditions import (
+    GREEDY,
+    NOISY,
+    TIGHT,
+    alone,
+    changed,
+    counters,
+    five_requests,
+    forced_async,
+    identical,
+    start,
+)
 
 from rl_lvr.errors import UserError
 from rl_lvr.latents.format import get_format
@@ -60,6 +71,16 @@ def test_two_ranks_in_other_processes(engine, rig, requests, truth):
     greedy = engine.generate(requests, GREEDY)
     alone_in_one = rig.engine(engine.format).generate(requests, GREEDY)
     assert [r.ids for r in greedy] == [r.ids for r in alone_in_one]
+
+
+def test_other_weights_and_back_in_both_ranks(engine, rig, requests, truth):
+    with changed(rig.model):
+        engine.sync_weights(rig.model)
+    try:
+        assert not identical(engine.generate(requests, NOISY), truth)
+    finally:
+        engine.sync_weights(rig.model)
+    assert identical(engine.generate(requests, NOISY), truth)
 
 
 def histories(worker):
