@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -95,15 +96,15 @@ def test_weights_arrive_at_every_step(engine, folder, tmp_path):
 
 
 def test_without_them_the_run_stops(engine, folder, tmp_path, monkeypatch):
-    """The control: weights arrive at the first step only."""
-    real, calls = engine.engine.sync_weights, []
+    """The control: what arrives is always the weights of the first step."""
+    real, calls, first = engine.engine.sync_weights, [], []
 
-    def once(model):
-        if not calls:
-            real(model)
+    def stale(model):
+        first[:] = first or [deepcopy(model)]
         calls.append(model)
+        real(first[0])
 
-    monkeypatch.setattr(engine.engine, "sync_weights", once)
+    monkeypatch.setattr(engine.engine, "sync_weights", stale)
     with pytest.raises(UserError, match="do not agree with their replay"):
         trained(folder, tmp_path, engine, max_steps=3, learning_rate=1e-2)
     assert len(calls) > 1
