@@ -1,4 +1,6 @@
-"""What tests compile ahead of time: each kernel with every option on, at the shapes of Qwen2.5-VL-7B."""
+"""What tests compile ahead of time, at the shapes of Qwen2.5-VL-7B: each kernel with every option on, and what the
+probe launches, which has five regions and mostly no padding.
+"""
 
 from __future__ import annotations
 
@@ -41,10 +43,18 @@ def _example(name: str, kernel: Any, blocks: Blocks, dtype: str = "bf16", **more
 def _examples() -> tuple[KernelExample, ...]:
     half, full = torch.bfloat16, torch.float32
     path_a = path_a_blocks(half, HEAD_DIM, 32)
+    path_a_full = path_a_blocks(full, HEAD_DIM, 32)
+    many: dict[str, Any] = {"BLOCK_R": 8}
+    bare: dict[str, Any] = {flag: False for flag in kernels.mass_one_pass.arg_names if flag.startswith("HAS_")}
     return (
+        _example("path_a_regions", kernels.mass_given_lse, path_a, REDUCE=True, **many),
+        _example("path_a_regions_fp32", kernels.mass_given_lse, path_a_full, "fp32", REDUCE=True, **many),
+        _example("path_a_regions_bare", kernels.mass_given_lse, path_a, REDUCE=True, **many, **bare),
+        _example("path_b_regions", kernels.mass_one_pass, path_b_blocks(half, HEAD_DIM), **many),
+        _example("path_b_regions_bare", kernels.mass_one_pass, path_b_blocks(half, HEAD_DIM), **many, **bare),
         _example("path_a", kernels.mass_given_lse, path_a, REDUCE=False),
         _example("path_a_reduced", kernels.mass_given_lse, path_a, REDUCE=True),
-        _example("path_a_fp32", kernels.mass_given_lse, path_a_blocks(full, HEAD_DIM, 32), "fp32", REDUCE=True),
+        _example("path_a_fp32", kernels.mass_given_lse, path_a_full, "fp32", REDUCE=True),
         _example("path_b", kernels.mass_one_pass, path_b_blocks(half, HEAD_DIM)),
         _example("path_b_fp32", kernels.mass_one_pass, path_b_blocks(full, HEAD_DIM), "fp32"),
         _example("statistics", kernels.statistics_one_pass, statistics_blocks(half, HEAD_DIM)),

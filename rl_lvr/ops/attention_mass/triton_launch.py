@@ -32,7 +32,7 @@ class Blocks:
 def path_a_blocks(dtype: torch.dtype, head_dim: int, labelled: int) -> Blocks:
     """Bound by reading the queries: small programs, several to a multiprocessor, one stage."""
     if dtype == torch.float32:
-        return Blocks(16, 16, 4, 1)
+        return Blocks(16, 16, 8, 1)  # with 4 warps and eight regions registers spill
     return Blocks(64 if head_dim <= 128 else 32, 16 if labelled <= 16 else 32, 4, 1)
 
 
