@@ -28,7 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gaussian": {"latent_sigma": 0.2, "latent_weight": 200, "learning_rate": 5e-5},
     "spherical": {"latent_sigma": 0.018, "latent_weight": 200, "learning_rate": 5e-5},
 }
-"""What each policy changes in recipes/lab/grpo.yaml; chosen on seed 0, with the same budget for all. The noise of both
+"""What each policy changes in recipes/lab/grpo.yaml; chosen on one or two seeds, with few tries. The noise of both
 laws turns a latent by about 0.2 radians."""
 ATTENTION: dict[str, Any] = {
     "rewards": ["accuracy", json.dumps({"name": "attention", "weight": 1, "options": {"layers": None}})],

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from engine_cases import GREEDY, SAMPLED, span_counts
+from engine_cases import GREEDY, SAMPLED, same, span_counts
 from vllm_cases import VLLMRig, opened, thinking
 
 from rl_lvr.latents.feedback import attach_feedback
@@ -76,16 +75,9 @@ def started(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Itera
             each.vllm.close()
 
 
-def close(left: Rollout, right: Rollout, tolerance: float = 1e-2) -> bool:
+def close(left: Rollout, right: Rollout) -> bool:
     """Tokens, places and forced tokens alike, numbers nearly: rounding grows from latent to latent."""
-    return (
-        left.ids == right.ids
-        and left.latent_positions == right.latent_positions
-        and left.stop_reason == right.stop_reason
-        and torch.equal(left.forced, right.forced)
-        and torch.allclose(left.logprobs, right.logprobs, atol=tolerance)
-        and torch.allclose(left.latents, right.latents, atol=tolerance)
-    )
+    return same(left, right, 1e-2)
 
 
 def assert_parity(case: Case, long: Sampling, *others: Sampling) -> None:
