@@ -56,31 +56,61 @@ def attention_mass_paper_b(f: Forward, *, per: Per = "completion") -> Column:
 
 
 def attention_relative(
-    f: Forward, *, to: Region = "latent", queries: Queries = "after", layers: Chosen = None, heads: Chosen = None
+    f: Forward,
+    *,
+    to: Region = "latent",
+    queries: Queries = "after",
+    layers: Chosen = None,
+    heads: Chosen = None,
+    per: Per = "completion",
 ) -> Column:
-    """Mass on `to` divided by mass on the image (paper B's relative reward): mean m(to) / max(mean m(image), 1e-6).
+    """Mass on `to` divided by mass on the image (paper B's relative reward): mean m(to) / max(mean m(image), 1e-6), or
+    m_i(to) / max(m_i(image), 1e-6) at each query's own token.
 
     0 for a sequence without queries, without such keys or without an image: a ratio to nothing would only be large.
     """
     rows, mass = f.attended(Reading("mass", layers, heads), queries)
     mean, counts = f.mean(mass, rows)
-    image = mean[:, IMAGE_LABEL]
-    ratio = mean[:, list(REGIONS[to])].sum(-1) / image.clamp_min(SMALLEST)
-    return Column(torch.where(image > 0, ratio, 0.0).tolist(), torch.where(image > 0, counts, 0).tolist())
+    if per == "completion":
+        ratio, there = _relative(mean, to)
+        return Column(ratio.tolist(), torch.where(there, counts, 0).tolist())
+    ratio, there = _relative(mass, to)
+    return f.per_token(ratio[there], rows[there.to(rows.device)])
+
+
+def _relative(mass: Tensor, to: Region) -> tuple[Tensor, Tensor]:
+    """[N, LABELS] -> `to` over the image [N], and where there is an image [N]."""
+    image = mass[:, IMAGE_LABEL]
+    ratio = mass[:, list(REGIONS[to])].sum(-1) / image.clamp_min(SMALLEST)
+    return torch.where(image > 0, ratio, 0.0), image > 0
 
 
 def attention_without_sink(
-    f: Forward, *, to: Region = "latent", queries: Queries = "after", layers: Chosen = None, heads: Chosen = None
+    f: Forward,
+    *,
+    to: Region = "latent",
+    queries: Queries = "after",
+    layers: Chosen = None,
+    heads: Chosen = None,
+    per: Per = "completion",
 ) -> Column:
-    """Share of `to` in the attention that does not go to the sink: mean m(to) / max(1 - mean m(sink), 1e-6).
+    """Share of `to` in the attention that does not go to the sink: mean m(to) / max(1 - mean m(sink), 1e-6), or the
+    same of each query at its own token.
 
     The sink is the sequence's first token, which many heads attend to when they have nothing to look at
     (StreamingLLM, 2309.17453).
     """
     rows, mass = f.attended(Reading("mass", layers, heads), queries)
+    if per == "token":
+        return f.per_token(_without_sink(mass, to), rows)
     mean, counts = f.mean(mass, rows)
-    rest = 1 - mean[:, list(REGIONS["sink"])].sum(-1)
-    return Column((mean[:, list(REGIONS[to])].sum(-1) / rest.clamp_min(SMALLEST)).tolist(), counts.tolist())
+    return Column(_without_sink(mean, to).tolist(), counts.tolist())
+
+
+def _without_sink(mass: Tensor, to: Region) -> Tensor:
+    """[N, LABELS] -> share of `to` in what the sink leaves [N]."""
+    rest = 1 - mass[:, list(REGIONS["sink"])].sum(-1)
+    return mass[:, list(REGIONS[to])].sum(-1) / rest.clamp_min(SMALLEST)
 
 
 def image_attention_entropy_difference(f: Forward, *, layers: Chosen = None, heads: Chosen = None) -> Column:

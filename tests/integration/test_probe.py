@@ -130,8 +130,8 @@ def test_bf16_masses_are_those_of_the_rounded_queries_and_keys(model_and_process
     assert (taken - anew).abs().max() < 5e-4  # the CPU's kernel takes exponents of bf16 roughly
 
 
-def test_autocast_measures_the_precision_of_the_kernel(qwen):
-    case = make_case(*qwen, "left")
+def test_autocast_measures_the_precision_of_the_kernel(model_and_processor):
+    case = make_case(*model_and_processor, "left")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         taken, _ = measured_masses(case)
         anew, _ = measured_masses(case, recompute=True)
@@ -165,6 +165,10 @@ def test_image_entropy_equals_eager_attention(model_and_processor):
         case.forward()
     assert expected.max() > 0.1
     assert (probe[reading] - expected).abs().max() < CLOSE
+    wrong = replace(case, regions=replace(case.regions, labels=case.regions.labels.roll(1, 1)))
+    with wrong.probe([reading]) as control, torch.no_grad():
+        wrong.forward()
+    assert (control[reading] - expected).abs().max() > 1e-3
 
 
 def test_sliding_window(load_tiny):
@@ -194,6 +198,32 @@ def test_everything_is_restored(qwen):
     with case.probe([ALL]), torch.no_grad():
         case.forward()
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
+
+
+def test_an_error_inside_an_armed_layer_restores_everything(qwen, monkeypatch):
+    """In the attention itself, and in what the probe does after it; then the same model is measured as ever."""
+    case = make_case(*qwen, "left")
+    expected, _ = measured_masses(case)
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    second = id(case.model.model.language_model.layers[1].self_attn)
+
+    def out_of_memory(module: Any, *args: Any, **kwargs: Any) -> Any:
+        if id(module) == second:
+            raise torch.OutOfMemoryError("in the second layer")
+        return before(module, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError, match="second layer"), case.probe([ALL]), torch.no_grad():
+            case.forward()
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is out_of_memory
+    with monkeypatch.context() as patch:
+        patch.setattr("rl_lvr.signals.probe.attention_mass_reduced", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError), case.probe([ALL]), torch.no_grad():
+            case.forward()
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
+    assert "sdpa" not in ALL_ATTENTION_FUNCTIONS._local_mapping
+    assert torch.equal(measured_masses(case)[0], expected)
 
 
 def test_an_override_of_someone_else_is_kept(qwen):

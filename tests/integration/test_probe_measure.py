@@ -344,6 +344,39 @@ def test_parameters_are_passed_on(qwen):
         assert columns[name].values[0] == pytest.approx(value, abs=1e-4), name
 
 
+def test_shares_per_token(qwen):
+    """Each text token's own ratio at its place, 0 elsewhere, nothing without an image; not the ratio of the means."""
+    markers = qwen.engine(VARIANTS["lvr"]).markers
+    start, slot, end, word = markers.start, markers.slot, markers.end, qwen.tokenizer.convert_tokens_to_ids("red")
+    rollouts, images = by_hand(qwen, markers, [[word, start, slot, slot, end, word, start, end, word, word]] * 5)
+    specs = parse_signals(
+        [{name: {"per": "token", "queries": "text"}} for name in ("attention_relative", "attention_without_sink")]
+    )
+    columns = measure(qwen.model, replay_batch(qwen.model, rollouts, images), markers, specs).columns
+    relative, share = columns["attention_relative"], columns["attention_without_sink"]
+    with_image = [bool(image) for image in images]
+    assert set(with_image) == {True, False}
+    for row, (rollout, image) in enumerate(zip(rollouts, images, strict=True)):
+        plain = plain_forward(qwen, rollout, image, markers)
+        wanted: list[list[float]] = [[0.0] * 10, [0.0] * 10]
+        for place in (0, 5, 8, 9):
+            query = plain.completion[place]
+            on_latents = plain.mass(query, plain.latents)
+            wanted[0][place] = on_latents / plain.mass(query, plain.image) if image else 0.0
+            wanted[1][place] = on_latents / (1 - plain.mass(query, [0]))
+        assert relative.values[row] == pytest.approx(wanted[0], abs=CLOSE)
+        assert share.values[row] == pytest.approx(wanted[1], abs=CLOSE)
+        assert max(wanted[1]) > 1e-2
+    assert relative.counts == [4 if image else 0 for image in with_image]
+    assert share.counts == [4] * 5
+    means = measure(
+        qwen.model, replay_batch(qwen.model, rollouts, images), markers, parse_signals(["attention_relative"])
+    ).columns["attention_relative"]
+    per_token = [sum(values) / 3 for values in (row[5:] for row in relative.values)]
+    apart = [abs(a - b) for a, b, image in zip(means.values, per_token, with_image, strict=True) if image]
+    assert max(apart) > 1e-5  # control: a mean of ratios is another number
+
+
 def test_a_trainers_padding(qwen):
     """Prompts padded on the left, completions on the right, as TRL has them."""
     markers = qwen.engine(VARIANTS["lvr"]).markers

@@ -36,15 +36,23 @@ def test_opcheck(variant: str) -> None:
     torch.library.opcheck(operators.attention_mass_reduced.default, inputs)
     torch.library.opcheck(operators.attention_statistics.default, (*with_gradient(given), *view(given)))
     upstream = torch.randn(rows, len(given.problem.heads), 3)
-    inputs = (given.query, given.key, given.labels, None, softmax[2], upstream, None, None, *view(given))
-    torch.library.opcheck(operators.attention_gradients.default, inputs)
+    d_lse, d_entropy = torch.randn(2, rows, len(given.problem.heads))
+    for others in ((None, None), (d_lse, None), (None, d_entropy), (d_lse, d_entropy)):
+        inputs = (given.query, given.key, given.labels, None, softmax[2], upstream, *others, *view(given))
+        torch.library.opcheck(operators.attention_gradients.default, inputs)
 
 
 def test_opcheck_with_a_given_log_sum_exp() -> None:
-    given = case("rows")
+    given, operators = case("rows"), torch.ops.rl_lvr
     softmax = (given.lse("torch"), None, None)
     inputs = (*with_gradient(given), given.labels, 3, *softmax, *view(given))
-    torch.library.opcheck(torch.ops.rl_lvr.attention_mass.default, inputs)
+    torch.library.opcheck(operators.attention_mass.default, inputs)
+    rows = given.problem.size
+    inputs = (*with_gradient(given), given.labels, 3, torch.rand(rows), *softmax, *view(given))
+    torch.library.opcheck(operators.attention_mass_reduced.default, inputs)
+    upstream = torch.randn(rows, len(given.problem.heads), 3)
+    inputs = (given.query, given.key, given.labels, softmax[0], None, upstream, None, None, *view(given))
+    torch.library.opcheck(operators.attention_gradients.default, inputs)
 
 
 @pytest.mark.parametrize("path", ["A", "B"])
