@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -146,8 +147,16 @@ def clocks(work: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
+def first_touches(work: Callable[[], object]) -> tuple[float, float]:
+    """How often memory was touched for the first time, and which share of the cores' time the system took for it."""
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    _, cpu = clocks(work)
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    return after.ru_minflt - before.ru_minflt, (after.ru_stime - before.ru_stime) / cpu
+
+
 def time_ratios(scoring: Scoring, repeats: int) -> dict[str, list[float]]:
-    """Medians [wall, cpu] of armed / unarmed, in alternating order, and of eager / armed.
+    """Medians [wall, cpu] of armed / unarmed, in alternating order, and of eager / armed; eager's first touches.
 
     The eager forwards come last: what one leaves behind (gigabytes to give back, cold caches) slows the next forward.
     """
@@ -164,7 +173,12 @@ def time_ratios(scoring: Scoring, repeats: int) -> dict[str, list[float]]:
     for _ in range(EAGER_REPEATS):
         eager = clocks(lambda: scoring.eager(batch))
         eager_ratios.append(_ratio(eager, clocks(lambda: scoring.armed(batch))))
-    found = {"armed_over_unarmed": armed_ratios, "eager_over_armed": eager_ratios, "unarmed_seconds": unarmed_times}
+    found = {
+        "armed_over_unarmed": armed_ratios,
+        "eager_over_armed": eager_ratios,
+        "unarmed_seconds": unarmed_times,
+        "eager_first_touches": [first_touches(lambda: scoring.eager(batch))],
+    }
     return {name: [statistics.median(column) for column in zip(*rows, strict=True)] for name, rows in found.items()}
 
 
@@ -217,7 +231,7 @@ def main() -> None:
     if args.one:
         print(peak_of_one(args.folder, args.lengths[0], args.one))
         return
-    names = (*BARS, *EAGER_BARS, "armed_over_unarmed_cpu_time", "eager_over_armed_cpu_time")
+    names = (*BARS, *EAGER_BARS, "armed_over_unarmed_cpu_time", "eager_over_armed_cpu_time", "eager_system_share")
     table: dict[str, Any] = {name: {} for name in names}
     with tempfile.TemporaryDirectory() as made:
         folder = build_tiny(SPEC, Path(made) / "model")
@@ -232,6 +246,9 @@ def main() -> None:
                 table[f"{pair}_time"][length] = round(wall, digits)
                 table[f"{pair}_cpu_time"][length] = round(cpu, digits)
                 print(f"  {pair}: wall {wall:.4f}, cpu {cpu:.4f}", flush=True)
+            touched, share = taken["eager_first_touches"]
+            table["eager_system_share"][length] = round(share, 2)
+            print(f"  eager: {touched:.0f} page faults, {share:.0%} of its time in the system", flush=True)
             peak = peaks(folder, length, args.threads)
             table["armed_over_unarmed_memory"][length] = round(peak["armed"] / peak["unarmed"], 4)
             table["eager_over_armed_memory"][length] = round(peak["eager"] / peak["armed"], 2)

@@ -138,7 +138,14 @@ class Sleeper:
     def sync_weights(self, model: nn.Module) -> None:
         """Wake up with these weights; they are looked up again at every later awakening."""
         if not self._awake:
-            self.engine.wake()
+            try:
+                self.engine.wake()
+            except BaseException:
+                from rl_lvr.rollout.vllm.weights import Receipt, checkpoint_weights
+
+                for _ in checkpoint_weights(model, torch.float32, Receipt()):  # under ZeRO-3 other ranks wait for this
+                    pass
+                raise
             self._awake = True
         self.engine.sync_weights(model)
         self._model = model

@@ -23,6 +23,7 @@ from rl_lvr.latents.format import get_format
 from rl_lvr.rollout.types import Sampling
 from rl_lvr.rollout.vllm.engine import VLLMRolloutEngine
 from rl_lvr.rollout.vllm.weights import Receipt, checkpoint_weights
+from rl_lvr.training.engines import Sleeper
 
 BUCKET = 40_000
 
@@ -37,6 +38,21 @@ def streamed(model: Any) -> tuple[dict[str, torch.Tensor], int]:
     return weights, most
 
 
+class Sleepy:
+    """An engine that finds no memory to wake up with on one of the ranks."""
+
+    markers = capabilities = None
+
+    def wake(self) -> None:
+        if torch.distributed.get_rank() == 1:
+            raise torch.OutOfMemoryError("no memory to wake up with")
+
+    def sleep(self, level: int) -> None: ...
+
+    def sync_weights(self, model: Any) -> None:
+        streamed(model)
+
+
 def main(started: Path, trained: Path, work: Path) -> None:
     # Plain gloo: DeepSpeed would compile a shared-memory reduction first, two minutes and a C++ compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -48,6 +64,12 @@ def main(started: Path, trained: Path, work: Path) -> None:
     facts: dict[str, Any] = {"own": sum(p.numel() for p in model.parameters())}
     plain, facts["most"] = streamed(model)
     save_file(plain, work / f"plain{rank}.safetensors")
+
+    try:
+        Sleeper(Sleepy()).sync_weights(model)
+        facts["woke"] = True
+    except torch.OutOfMemoryError:
+        facts["woke"] = False
 
     os.environ.pop("VLLM_ENABLE_V1_MULTIPROCESSING")  # the engine must find by itself that it lives here
     engine = VLLMRolloutEngine(

@@ -101,5 +101,10 @@ def test_each_rank_has_an_engine_of_its_own_with_the_trained_weights(folders: tu
         assert found["before"] != expected
 
 
+def test_a_rank_that_does_not_wake_up_keeps_no_other_waiting(work: Path) -> None:
+    """It gathers the weights with the others before it says so; else `work` would wait for ever."""
+    assert [rank["woke"] for rank in facts(work)] == [True, False]
+
+
 def test_the_trainers_group_outlives_the_engines(work: Path) -> None:
     assert [rank["sum"] for rank in facts(work)] == [3, 3]
