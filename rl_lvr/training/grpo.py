@@ -321,6 +321,7 @@ class LatentGRPOTrainer(CheckedGRPO):
             markers,
             self.temperature,
             unroll=self.args.latent_policy == "unrolled" and not scores,
+            clip=self.args.latent_gradient_clip,
             means=scores or self.args.law is not None,
             signals=self.signals if scores else (),
             images_per_row=others.get("num_images"),

@@ -33,6 +33,13 @@ class LatentGRPOConfig(RolloutSettings, Defaults, GRPOConfig):
         default=0.0, metadata={"help": "Standard deviation of the exploration noise on latents, per dimension."}
     )
     latent_weight: float = field(default=1.0, metadata={"help": "Weight of the latents' own loss term."})
+    latent_gradient_clip: float | None = field(
+        default=None,
+        metadata={
+            "help": "unrolled: a row's gradient on a latent is at most this many times the rows' median. Default: "
+            "exact; 1 steadies a training whose grad_norm jumps."
+        },
+    )
     latent_scale: str = field(
         default="mean",
         metadata={"help": "mean or sum: log-densities of latents per dimension, or summed over thousands of them."},
@@ -110,6 +117,8 @@ class LatentGRPOConfig(RolloutSettings, Defaults, GRPOConfig):
                 "latent_policy unrolled recomputes latents as a function of the parameters, and noise is none: set "
                 "latent_sigma to 0, or use latent_policy gaussian."
             )
+        if self.latent_gradient_clip is not None and not self.latent_gradient_clip > 0:
+            raise UserError(f"latent_gradient_clip is {self.latent_gradient_clip}; it must be above 0.")
         if self.latent_policy == "unrolled" and self.gradient_checkpointing:
             raise UserError(
                 "latent_policy unrolled computes latents with a key-value cache that carries gradients, and "

@@ -47,14 +47,16 @@ class FedModel:
         temperature: float,
         *,
         unroll: bool = False,
+        clip: float | None = None,
         means: bool = True,
         signals: Sequence[SignalSpec] = (),
         images_per_row: Sequence[int] | None = None,
     ) -> None:
-        """`latents` of all rows, positions in the padded ids, whose completions begin at `start`."""
+        """`latents` of all rows, positions in the padded ids, whose completions begin at `start`. `clip`: see `unrolled`."""
         self._images_per_row = images_per_row
         self._model, self._markers, self._temperature = model, markers, temperature
         self._latents, self._start = latents, start
+        self._clip = clip
         self._unroll, self._wants_means, self._signals = unroll, means, signals
         self._family = family_of(model)
         self._next = 0
@@ -86,7 +88,9 @@ class FedModel:
         # Explicit positions, as the engines': transformers would guess 1-D ones for M-RoPE batches without an image.
         inputs["position_ids"] = self._family.positions(self._model, input_ids, attention_mask, images).prefill
         if self._unroll:
-            fed = unrolled(self._model, input_ids, attention_mask, images, latents, self._start, self._markers)
+            fed = unrolled(
+                self._model, input_ids, attention_mask, images, latents, self._start, self._markers, self._clip
+            )
             if fed.values.numel():
                 difference = float((fed.values.detach() - latents.values).abs().max())
                 self.unroll_difference = max(self.unroll_difference, difference)

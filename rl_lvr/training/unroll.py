@@ -11,6 +11,7 @@ padding alone.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise, zip_longest
 from typing import Any
 
@@ -22,6 +23,8 @@ from rl_lvr.latents.feedback import feedback
 from rl_lvr.latents.format import FormatIds
 from rl_lvr.latents.inject import inject, input_embeddings, sharded
 from rl_lvr.models import family_of
+
+SMALLEST = 1e-30
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,12 @@ def unrolled(
     latents: LatentBatch,
     start: int,
     markers: FormatIds,
+    clip: float | None = None,
 ) -> LatentBatch:
     """`latents` with every vector at position `start` or later replaced by f(h), a function of the parameters.
 
     `ids` and `mask` [B, T] are the padded batch in which positions count, `images` its image inputs. Latents before
-    `start` belong to the prompts and stay as they are.
+    `start` belong to the prompts and stay as they are. `clip` shortens gradients on their way back (`_shortened`).
     """
     runs = [_runs(latents.positions[row].tolist(), start) for row in range(len(latents))]
     longest = [max(run.length for run in current if run) for current in zip_longest(*runs)]
@@ -69,6 +73,8 @@ def unrolled(
         for step in range(steps):
             active = [row for row, run in enumerate(current) if run and step < run.length]
             made = feedback(model, state).to(reader.dtype)
+            if clip is not None and made.requires_grad:
+                made.register_hook(partial(_shortened, clip))
             rows += active
             columns += [run.column + step for run in current if run and step < run.length]
             vectors.append(made[active])
@@ -78,6 +84,19 @@ def unrolled(
         begin = [run.stop if run else b for run, b in zip(current, begin, strict=True)]
     where = tuple(torch.tensor(places, dtype=torch.long, device=ids.device) for places in (rows, columns))
     return replace(latents, values=latents.values.to(reader.dtype).index_put(where, torch.cat(vectors)))
+
+
+def _shortened(times: float, gradient: Tensor) -> Tensor:
+    """[B, H]: no row longer than `times` the median of those that are not zero.
+
+    Along the recurrence some rows' gradients grow a hundredfold, step by step; summed up they would be the batch's.
+    The direction of each row stays, and at every latent that it passes on its way back it is shortened anew.
+    """
+    lengths = gradient.float().norm(dim=-1, keepdim=True)
+    felt = lengths[lengths > 0]
+    if not len(felt):
+        return gradient
+    return gradient * (times * felt.median() / lengths.clamp_min(SMALLEST)).clamp_max(1.0).to(gradient.dtype)
 
 
 def _of_all_processes(longest: list[int], device: torch.device) -> list[int]:

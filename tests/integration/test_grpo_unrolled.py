@@ -55,8 +55,8 @@ class Padded:
         self.latents = joined.latents.shifted(torch.tensor(offsets))
         self.completion = self.mask.bool() & (torch.arange(width) >= self.start)
 
-    def unrolled(self) -> LatentBatch:
-        return unrolled(self.model, self.ids, self.mask, self.images, self.latents, self.start, self.markers)
+    def unrolled(self, clip: float | None = None) -> LatentBatch:
+        return unrolled(self.model, self.ids, self.mask, self.images, self.latents, self.start, self.markers, clip)
 
     def hidden(self, latents: LatentBatch) -> Tensor:
         return forward_hidden(
@@ -156,6 +156,31 @@ def test_the_gradient_by_finite_differences(load_tiny: Any) -> None:
     slope = (values[0] - values[1]) / (2 * step)
     assert slope == pytest.approx(float((gradients[name] * direction).sum()), rel=5e-3)
     assert slope != pytest.approx(float((fixed[name] * direction).sum()), rel=5e-2)  # the control
+
+
+def test_clipped_gradients(load_tiny: Any) -> None:
+    """A row that pulls a million times harder pulls no more than the median one; a bound that none reaches is exact."""
+    padded, _ = case(load_tiny, KINDS["fixed"])
+    last = padded.latents.counts.argmax()
+
+    def through_latents(pull: float, clip: float | None) -> Tensor:
+        made = padded.unrolled(clip).values
+        assert torch.equal(made, padded.unrolled().values)  # the forward is untouched
+        weights = torch.randn(made.shape, generator=torch.Generator().manual_seed(0))
+        weights[last] *= pull
+        padded.model.zero_grad()
+        (made * weights).sum().backward()
+        name = next(
+            n for n, p in padded.model.named_parameters() if "layers.0.mlp.down_proj" in n and p.grad is not None
+        )
+        return dict(padded.model.named_parameters())[name].grad.clone()
+
+    exact, bounded = through_latents(1.0, None), through_latents(1.0, 1.0)
+    assert torch.equal(through_latents(1.0, 1e6), exact)
+    assert not torch.allclose(bounded, exact, rtol=1e-2)  # it does something
+    assert torch.allclose(through_latents(1e6, 1.0), through_latents(1e3, 1.0), rtol=1e-3, atol=1e-6)
+    assert through_latents(1e6, 1.0).norm() < 2 * bounded.norm()
+    assert through_latents(1e6, None).norm() > 1e4 * exact.norm()  # the control
 
 
 def test_rows_without_latents_are_left_alone(load_tiny: Any) -> None:
