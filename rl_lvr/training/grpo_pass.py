@@ -52,7 +52,10 @@ class FedModel:
         signals: Sequence[SignalSpec] = (),
         images_per_row: Sequence[int] | None = None,
     ) -> None:
-        """`latents` of all rows, positions in the padded ids, whose completions begin at `start`. `clip`: see `unrolled`."""
+        """`latents` of all rows, positions in the padded ids, whose completions begin at `start`.
+
+        `clip` is that of `unrolled`.
+        """
         self._images_per_row = images_per_row
         self._model, self._markers, self._temperature = model, markers, temperature
         self._latents, self._start = latents, start

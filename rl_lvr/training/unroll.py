@@ -90,7 +90,8 @@ def _shortened(times: float, gradient: Tensor) -> Tensor:
     """[B, H]: no row longer than `times` the median of those that are not zero.
 
     Along the recurrence some rows' gradients grow a hundredfold, step by step; summed up they would be the batch's.
-    The direction of each row stays, and at every latent that it passes on its way back it is shortened anew.
+    The direction of each row stays, and at every latent that it passes on its way back it is shortened anew. A row that
+    has more latents than all others is its own median at the last of them.
     """
     lengths = gradient.float().norm(dim=-1, keepdim=True)
     felt = lengths[lengths > 0]

@@ -226,6 +226,7 @@ def test_nothing_is_left_on_the_head(load_tiny: Any, tmp_path: Path) -> None:
         ({"latent_sigma": -1.0}, "latent_sigma is -1.0"),
         ({"latent_sigma": float("nan")}, "latent_sigma is nan"),
         ({"replay_tolerance": 0.0}, "above 0"),
+        ({"latent_policy": "unrolled", "latent_gradient_clip": 0.0}, "latent_gradient_clip is 0.0; it must be above 0"),
         ({"rollout_batch": 0}, "at least 1"),
     ],
 )

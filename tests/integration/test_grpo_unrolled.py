@@ -161,13 +161,14 @@ def test_the_gradient_by_finite_differences(load_tiny: Any) -> None:
 def test_clipped_gradients(load_tiny: Any) -> None:
     """A row that pulls a million times harder pulls no more than the median one; a bound that none reaches is exact."""
     padded, _ = case(load_tiny, KINDS["fixed"])
-    last = padded.latents.counts.argmax()
+    counts = padded.latents.counts
+    short = int(torch.where(counts > 0, counts, 99).argmin())  # others have latents beside each of its own
 
     def through_latents(pull: float, clip: float | None) -> Tensor:
         made = padded.unrolled(clip).values
         assert torch.equal(made, padded.unrolled().values)  # the forward is untouched
         weights = torch.randn(made.shape, generator=torch.Generator().manual_seed(0))
-        weights[last] *= pull
+        weights[short] *= pull
         padded.model.zero_grad()
         (made * weights).sum().backward()
         name = next(
@@ -178,8 +179,9 @@ def test_clipped_gradients(load_tiny: Any) -> None:
     exact, bounded = through_latents(1.0, None), through_latents(1.0, 1.0)
     assert torch.equal(through_latents(1.0, 1e6), exact)
     assert not torch.allclose(bounded, exact, rtol=1e-2)  # it does something
-    assert torch.allclose(through_latents(1e6, 1.0), through_latents(1e3, 1.0), rtol=1e-3, atol=1e-6)
-    assert through_latents(1e6, 1.0).norm() < 2 * bounded.norm()
+    hard, harder = through_latents(1e4, 1.0), through_latents(1e6, 1.0)
+    assert (hard - harder).norm() < 1e-2 * hard.norm()
+    assert harder.norm() < 2 * bounded.norm()
     assert through_latents(1e6, None).norm() > 1e4 * exact.norm()  # the control
 
 
