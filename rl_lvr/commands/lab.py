@@ -50,6 +50,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     grpo = verbs.add_parser("grpo", help="what GRPO adds to a model that was trained too short, by latent policy")
     _experiment(grpo, "runs/lab-grpo")
     grpo.add_argument("--policies", default=",".join(POLICIES), help="latent policies, separated by commas")
+    grpo.add_argument(
+        "--gradient-clip", type=float, metavar="X", help="latent_gradient_clip of unrolled (default: exact gradients)"
+    )
     grpo.add_argument("--from", dest="source", metavar="DEMO", help="folder of a demo whose pre-trained models serve")
 
 
@@ -156,7 +159,10 @@ def _grpo(arguments: argparse.Namespace) -> int:
         if name not in POLICIES or policies.count(name) > 1:
             raise UserError(f"--policies names {name!r}; choose from {', '.join(POLICIES)}, each once.")
     out, puzzles = _start(arguments)
-    config = GRPOConfig(policies, puzzles, arguments.source)
+    clip = arguments.gradient_clip
+    if clip is not None and not clip > 0:
+        raise UserError(f"--gradient-clip is {clip}; it must be above 0.")
+    config = GRPOConfig(policies, puzzles, arguments.source, gradient_clip=clip)
     return _finish(lambda: run_grpo(out, arguments.seeds, config), table, out, "grpo.png")
 
 

@@ -21,6 +21,8 @@ from rl_lvr.lab.runner import Runner, Stage, claim, say
 
 GRPO_POLICY = "unrolled"
 """The latent policy that the demo shows; rl-lvr lab grpo compares all."""
+GRADIENT_CLIP = 1.0
+"""Its exact gradient ruined one start in four (docs/lab.md)."""
 CONDITIONS = ("oracle", "own", "zeros", "noise", "swap")
 
 
@@ -49,7 +51,8 @@ class _Demo:
         self.out = out
         self.config = config
         self.runner = Runner(out, config.max_steps)
-        self.grpo = GRPOLab(self.runner, GRPOConfig((GRPO_POLICY,), config, attention=False))
+        grpo = GRPOConfig((GRPO_POLICY,), config, attention=False, gradient_clip=GRADIENT_CLIP)
+        self.grpo = GRPOLab(self.runner, grpo)
 
     def run_seed(self, seed: int) -> dict[str, Any]:
         """All models and tables of one seed."""

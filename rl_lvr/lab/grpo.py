@@ -62,6 +62,8 @@ class GRPOConfig:
     """A demo's folder whose pre-trained models are used, by seed."""
     attention: bool = True
     """Whether each policy has a twin with the attention reward."""
+    gradient_clip: float | None = None
+    """`latent_gradient_clip` of `unrolled`."""
 
     @property
     def sets(self) -> dict[str, PuzzleConfig]:
@@ -220,6 +222,8 @@ class GRPOLab:
         name = f"{policy}-attention" if attention else policy
         home = self.runner.out / f"seed-{seed}"
         chosen = {"latent_policy": policy, **SETTINGS[policy], **settings}
+        if policy == "unrolled" and self.config.gradient_clip is not None:
+            chosen["latent_gradient_clip"] = self.config.gradient_clip
         if attention:
             chosen |= ATTENTION
         return Stage(
