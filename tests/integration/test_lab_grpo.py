@@ -62,6 +62,7 @@ def test_what_cannot_run_is_refused_before_anything_is_made(tmp_path: Path, caps
         (["--policies", "context,monet"], "names 'monet'"),
         (["--policies", "context,context"], "each once"),
         (["--seeds", "0"], "at least 1"),
+        (["--gradient-clip", "0"], "must be above 0"),
         (["--from", str(tmp_path)], "no pre-trained model of seed 0"),
     ):
         assert cli.main([*out, *words]) == 2
