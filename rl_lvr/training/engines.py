@@ -140,7 +140,7 @@ class Sleeper:
         if not self._awake:
             try:
                 self.engine.wake()
-            except BaseException:
+            except Exception:
                 from rl_lvr.rollout.vllm.weights import Receipt, checkpoint_weights
 
                 for _ in checkpoint_weights(model, torch.float32, Receipt()):  # under ZeRO-3 other ranks wait for this
