@@ -90,18 +90,21 @@ def grpo(model: Path, data: Path, out: Path, **settings: Any) -> int:
     return cli.main(grpo_command(model, data, out, **settings))
 
 
-def sharded(work: Path, *commands: list[str], ranks: int = 2) -> tuple[list[int], str]:
+def sharded(
+    work: Path, *commands: list[str], ranks: int = 2, timeout: float = 200, **environment: str
+) -> tuple[list[int], str]:
     """Run `rl-lvr` commands in turn under DeepSpeed; their exit codes, the same on all ranks, and what they said."""
     work.mkdir()
     (work / "commands.json").write_text(json.dumps(commands))
     worker = Path(__file__).with_name("deepspeed_worker.py")
-    said = torchrun(ranks, str(worker), str(work / "commands.json"), DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
+    environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    said = torchrun(ranks, str(worker), str(work / "commands.json"), timeout=timeout, **environment)
     codes = [json.loads((work / f"commands.rank{rank}").read_text()) for rank in range(ranks)]
     assert all(found == codes[0] for found in codes)
     return codes[0], said
 
 
-def torchrun(processes: int, *words: str, **environment: str) -> str:
+def torchrun(processes: int, *words: str, timeout: float = 200, **environment: str) -> str:
     """Run a script or `-m module` with its arguments in several processes, which must succeed; returns stderr."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     done = subprocess.run(
@@ -110,7 +113,7 @@ def torchrun(processes: int, *words: str, **environment: str) -> str:
         text=True,
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        timeout=200,
+        timeout=timeout,
     )
     assert done.returncode == 0, done.stderr[-5000:]
     return done.stderr

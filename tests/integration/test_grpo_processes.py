@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -34,24 +37,23 @@ def runs(opener: Path, place: Path, tmp_path_factory: pytest.TempPathFactory) ->
     work = tmp_path_factory.mktemp("processes")
     (work / "reward.py").write_text(REWARD)
     data = place / "data"
-    both = {"rewards": [f"{work / 'reward.py'}:letters", "attention"], "max_steps": STEPS, "learning_rate": 3e-4}
-    both["latent_projector"] = "mlp"  # of which the policy pass of `context` has no gradient
-    short = both | {"max_steps": 3}
-    assert grpo(opener, data, work / "one", **both) == 0
+    whole = both(work)
+    short = whole | {"max_steps": 3}
+    assert grpo(opener, data, work / "one", **whole) == 0
     assert grpo(opener, data, work / "other", seed=7, **short) == 0
     for name, policy in POLICIES.items():
         assert grpo(opener, data, work / f"one_{name}", **short, **policy) == 0
 
     # With gradient checkpointing DDP does not look for parameters without a gradient: it waits for all of them.
     words = grpo_command(
-        opener, data, work / "ddp", accelerate_config="ddp", gradient_checkpointing=True, **both, **TWO
+        opener, data, work / "ddp", accelerate_config="ddp", gradient_checkpointing=True, **whole, **TWO
     )
     done = subprocess.run([sys.executable, "-m", "rl_lvr.cli", *words], capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr[-5000:]
     codes, said = sharded(
         work / "sharded",
-        grpo_command(opener, data, work / "zero2", accelerate_config="zero2", **both, **TWO),
-        grpo_command(opener, data, work / "zero3", accelerate_config="zero3", **both, **TWO),
+        grpo_command(opener, data, work / "zero2", accelerate_config="zero2", **whole, **TWO),
+        grpo_command(opener, data, work / "zero3", accelerate_config="zero3", **whole, **TWO),
         *(
             grpo_command(opener, data, work / f"zero3_{name}", accelerate_config="zero3", **short, **policy, **TWO)
             for name, policy in POLICIES.items()
@@ -61,6 +63,31 @@ def runs(opener: Path, place: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return work
 
 
+@pytest.fixture(scope="module")
+def offloaded(runs: Path, opener: Path, place: Path) -> Path:
+    """A run with DeepSpeed's CPU Adam, which is compiled first."""
+    if shutil.which("c++") is None or not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        pytest.skip("needs a C++ compiler and Python's headers")
+    settings = both(runs) | {"accelerate_config": "zero3_offload", "max_steps": STEPS} | TWO
+    # A folder of its own: in the usual one an interrupted build leaves a lock, and the next one waits for ever.
+    extensions = str(runs / "extensions")
+    codes, said = sharded(
+        runs / "offloaded",
+        grpo_command(opener, place / "data", runs / "zero3_offload", **settings),
+        timeout=400,
+        TORCH_EXTENSIONS_DIR=extensions,
+        PATH=os.pathsep.join((sysconfig.get_path("scripts"), os.environ["PATH"])),  # of ninja
+    )
+    assert codes == [0], said
+    return runs
+
+
+def both(work: Path) -> dict[str, Any]:
+    """Settings of all runs. Without a gradient in the policy pass of `context`: the projector."""
+    rewards = [f"{work / 'reward.py'}:letters", "attention"]
+    return {"rewards": rewards, "max_steps": STEPS, "learning_rate": 3e-4, "latent_projector": "mlp"}
+
+
 def curve(out: Path, name: str = "loss") -> list[float]:
     """A figure of every step, NaN where there is none: a signal of latents where no row had any."""
     return [row.get(name, math.nan) for row in logged(out)]
@@ -68,6 +95,14 @@ def curve(out: Path, name: str = "loss") -> list[float]:
 
 @pytest.mark.parametrize("name", ["ddp", "zero2", "zero3"])
 def test_two_processes_learn_as_one(runs: Path, name: str) -> None:
+    as_one(runs, name)
+
+
+def test_offloading_learns_as_one(offloaded: Path) -> None:
+    as_one(offloaded, "zero3_offload")
+
+
+def as_one(runs: Path, name: str) -> None:
     for figure in ("loss", "reward", SIGNAL, "latent/rate"):
         assert len(curve(runs / name, figure)) == STEPS
         assert curve(runs / name, figure) == pytest.approx(curve(runs / "one", figure), abs=1e-4, nan_ok=True), figure
