@@ -141,10 +141,9 @@ class Sleeper:
             try:
                 self.engine.wake()
             except Exception:
-                from rl_lvr.rollout.vllm.weights import Receipt, checkpoint_weights
+                from rl_lvr.rollout.vllm.weights import take_part
 
-                for _ in checkpoint_weights(model, torch.float32, Receipt()):  # under ZeRO-3 other ranks wait for this
-                    pass
+                take_part(model)  # other ranks, which woke up, wait for this one
                 raise
             self._awake = True
         self.engine.sync_weights(model)

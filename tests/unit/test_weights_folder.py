@@ -167,14 +167,14 @@ def _process(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     model, calls = torch.nn.Linear(1, 1), []
     model.get_input_embeddings = lambda: model
-    by_the_first(lambda: calls.append(rank), model, torch.float32)
+    by_the_first(lambda: calls.append(rank), model)
     assert calls == [0][rank:]
 
     def fail() -> None:
         raise RuntimeError("the disk is full")
 
     with pytest.raises(RuntimeError if rank == 0 else UserError, match="the disk is full"):
-        by_the_first(fail, model, torch.float32)
+        by_the_first(fail, model)
     torch.distributed.barrier()  # gloo's threads abort a process whose partner is gone
     torch.distributed.destroy_process_group()
     Path(folder, str(rank)).touch()

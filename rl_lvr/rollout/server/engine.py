@@ -188,7 +188,7 @@ class ServerRolloutEngine:
                 if not sent.agrees(got):
                     raise RuntimeError(f"worker {rank} did not take over the weights: sent {sent}, it has {got}.")
 
-        weights.by_the_first(send, model, dtype)
+        weights.by_the_first(send, model)
 
     def close(self) -> None:
         """Nothing is held here, and the server goes on."""

@@ -14,8 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from rl_lvr.errors import UserError
-from rl_lvr.latents.inject import sharded
-from rl_lvr.rollout.vllm.weights import Receipt, checkpoint_weights, write_files
+from rl_lvr.rollout.vllm.weights import Receipt, checkpoint_weights, take_part, write_files
 
 
 @contextmanager
@@ -43,7 +42,7 @@ def written(model: nn.Module, dtype: torch.dtype, shared: Path) -> Iterator[tupl
                 shutil.rmtree(path)
 
 
-def by_the_first(call: Callable[[], None], model: nn.Module, dtype: torch.dtype) -> None:
+def by_the_first(call: Callable[[], None], model: nn.Module) -> None:
     """`call` in the first process of a trainer, which reads all weights of `model`; the others wait, and fail with it.
 
     Under ZeRO-3 the others take part in gathering the weights.
@@ -55,9 +54,8 @@ def by_the_first(call: Callable[[], None], model: nn.Module, dtype: torch.dtype)
     try:
         if dist.get_rank() == 0:
             call()
-        elif sharded(model):
-            for _ in checkpoint_weights(model, dtype, Receipt()):
-                pass
+        else:
+            take_part(model)
     except Exception as error:
         told = [str(error)]
         dist.broadcast_object_list(told, src=0)  # before it is raised, or the others would wait for ever

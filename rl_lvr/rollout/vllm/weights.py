@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rl_lvr.errors import UserError
-from rl_lvr.latents.inject import unwrapped
+from rl_lvr.latents.inject import sharded, unwrapped
 
 PROBES = 16
 """Embedding rows that are read back."""
@@ -114,6 +114,13 @@ def checkpoint_weights(
                     if unit.holds(embedding):
                         receipt.rows = float(value[:PROBES].to(dtype).double().abs().mean())
                     yield _released(name, base.config), value
+
+
+def take_part(model: nn.Module) -> None:
+    """Under ZeRO-3: gather all weights with the ranks that read them, and use none."""
+    if sharded(model):
+        for _ in checkpoint_weights(model, torch.float32, Receipt()):
+            pass
 
 
 @dataclass(frozen=True)
