@@ -6,6 +6,7 @@ Regions and query sets are those of `regions.py`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -70,19 +71,7 @@ def attention_relative(
     0 for a sequence without queries, without such keys or without an image: a ratio to nothing would only be large.
     """
     rows, mass = f.attended(Reading("mass", layers, heads), queries)
-    mean, counts = f.mean(mass, rows)
-    if per == "completion":
-        ratio, there = _relative(mean, to)
-        return Column(ratio.tolist(), torch.where(there, counts, 0).tolist())
-    ratio, there = _relative(mass, to)
-    return f.per_token(ratio[there], rows[there.to(rows.device)])
-
-
-def _relative(mass: Tensor, to: Region) -> tuple[Tensor, Tensor]:
-    """[N, LABELS] -> `to` over the image [N], and where there is an image [N]."""
-    image = mass[:, IMAGE_LABEL]
-    ratio = mass[:, list(REGIONS[to])].sum(-1) / image.clamp_min(SMALLEST)
-    return torch.where(image > 0, ratio, 0.0), image > 0
+    return _divided(f, rows, mass, to, per, lambda mass: mass[:, IMAGE_LABEL])
 
 
 def attention_without_sink(
@@ -101,16 +90,27 @@ def attention_without_sink(
     (StreamingLLM, 2309.17453).
     """
     rows, mass = f.attended(Reading("mass", layers, heads), queries)
+    sink = list(REGIONS["sink"])
+    return _divided(f, rows, mass, to, per, lambda mass: (1 - mass[:, sink].sum(-1)).clamp_min(SMALLEST))
+
+
+def _divided(f: Forward, rows: Tensor, mass: Tensor, to: Region, per: Per, below: Callable[[Tensor], Tensor]) -> Column:
+    """m(to) / max(below(m), 1e-6) of the mean over queries, or of each query; 0 and not counted where below(m) is 0.
+
+    `mass` [N, LABELS] at the query rows [N]; `below` maps such masses to [N].
+    """
+
+    def ratio(mass: Tensor) -> tuple[Tensor, Tensor]:
+        under = below(mass)
+        share = mass[:, list(REGIONS[to])].sum(-1) / under.clamp_min(SMALLEST)
+        return torch.where(under > 0, share, 0.0), under > 0
+
     if per == "token":
-        return f.per_token(_without_sink(mass, to), rows)
+        values, there = ratio(mass)
+        return f.per_token(values[there], rows[there.to(rows.device)])
     mean, counts = f.mean(mass, rows)
-    return Column(_without_sink(mean, to).tolist(), counts.tolist())
-
-
-def _without_sink(mass: Tensor, to: Region) -> Tensor:
-    """[N, LABELS] -> share of `to` in what the sink leaves [N]."""
-    rest = 1 - mass[:, list(REGIONS["sink"])].sum(-1)
-    return mass[:, list(REGIONS[to])].sum(-1) / rest.clamp_min(SMALLEST)
+    values, there = ratio(mean)
+    return Column(values.tolist(), torch.where(there, counts, 0).tolist())
 
 
 def image_attention_entropy_difference(f: Forward, *, layers: Chosen = None, heads: Chosen = None) -> Column:
