@@ -147,12 +147,12 @@ def clocks(work: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def first_touches(work: Callable[[], object]) -> tuple[float, float]:
-    """How often memory was touched for the first time, and which share of the cores' time the system took for it."""
+def first_touches(work: Callable[[], object]) -> tuple[tuple[float, float], tuple[float, float]]:
+    """`clocks`; and how often memory was touched for the first time, and the system's share of the cores' time."""
     before = resource.getrusage(resource.RUSAGE_SELF)
-    _, cpu = clocks(work)
+    taken = clocks(work)
     after = resource.getrusage(resource.RUSAGE_SELF)
-    return after.ru_minflt - before.ru_minflt, (after.ru_stime - before.ru_stime) / cpu
+    return taken, (after.ru_minflt - before.ru_minflt, (after.ru_stime - before.ru_stime) / taken[1])
 
 
 def time_ratios(scoring: Scoring, repeats: int) -> dict[str, list[float]]:
@@ -164,20 +164,21 @@ def time_ratios(scoring: Scoring, repeats: int) -> dict[str, list[float]]:
     for side in (scoring.unarmed, scoring.armed, scoring.eager):
         side(scoring.warm)
     scoring.armed(batch)
-    armed_ratios, eager_ratios, unarmed_times = [], [], []
+    armed_ratios, eager_ratios, unarmed_times, touches = [], [], [], []
     for repeat in range(repeats):
         sides = [scoring.unarmed, scoring.armed][:: 1 if repeat % 2 else -1]
         taken = {side.__name__: clocks(lambda side=side: side(batch)) for side in sides}
         armed_ratios.append(_ratio(taken["armed"], taken["unarmed"]))
         unarmed_times.append(taken["unarmed"])
     for _ in range(EAGER_REPEATS):
-        eager = clocks(lambda: scoring.eager(batch))
+        eager, touched = first_touches(lambda: scoring.eager(batch))
+        touches.append(touched)
         eager_ratios.append(_ratio(eager, clocks(lambda: scoring.armed(batch))))
     found = {
         "armed_over_unarmed": armed_ratios,
         "eager_over_armed": eager_ratios,
         "unarmed_seconds": unarmed_times,
-        "eager_first_touches": [first_touches(lambda: scoring.eager(batch))],
+        "eager_first_touches": touches,
     }
     return {name: [statistics.median(column) for column in zip(*rows, strict=True)] for name, rows in found.items()}
 
