@@ -37,6 +37,11 @@ class Case:
         """[B, T] bool, all real tokens."""
         return self.regions.sequences >= 0
 
+    @property
+    def wrong(self) -> Case:
+        """The control: every region one token further on."""
+        return replace(self, regions=replace(self.regions, labels=self.regions.labels.roll(1, 1)))
+
     def forward(self) -> Tensor:
         return self.model(**self.inputs, use_cache=False).logits
 
