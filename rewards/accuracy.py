@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rewards.answers import Kind, Source, correct
+from rl_lvr.answers import Kind, Source, correct
 
 
 def accuracy(

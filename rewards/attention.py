@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rewards.answers import Kind, Source, correct
+from rl_lvr.answers import Kind, Source, correct
 
 
 @dataclass(frozen=True)

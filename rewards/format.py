@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from rewards.answers import boxed, extract, text_of
+from rl_lvr.answers import boxed, extract, text_of
 
 Spans = Sequence[Mapping[str, Any]]
 

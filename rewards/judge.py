@@ -16,8 +16,8 @@ from urllib.parse import quote, urlsplit
 
 import httpx
 
-from rewards.answers import text_of
 from rewards.judge_cache import JudgeCache
+from rl_lvr.answers import text_of
 
 INSTRUCTION = """You grade a response to a question. The reference answer is correct.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from rewards.answers import text_of
+from rl_lvr.answers import text_of
 
 
 def repetition(

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rewards.accuracy import accuracy
-from rewards.answers import boxed, correct, extract, formula, kind_of, normalise, number, text_of
+from rl_lvr.answers.matching import boxed, correct, extract, formula, kind_of, normalise, number, text_of
 from rl_lvr.evaluation import matching
 
 
@@ -150,7 +150,7 @@ def test_an_answer_in_a_sentence(gold: str, text: str, same: bool) -> None:
 
 
 def test_an_expression_that_never_ends_is_wrong_and_harms_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rewards import mathematics
+    from rl_lvr.answers import mathematics
 
     mathematics.same_mathematics.cache_clear()
     assert mathematics.same_mathematics(r"\sqrt{4}", "2") is True

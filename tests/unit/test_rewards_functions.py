@@ -23,11 +23,13 @@ def span(status: str = "closed", latents: int = 4) -> dict:
     return {"begin": 1, "stop": 7, "latents": latents, "status": status}
 
 
-def test_rewards_need_neither_torch_nor_rl_lvr() -> None:
+def test_rewards_need_no_torch_and_of_rl_lvr_only_answers() -> None:
     code = (
         "import pkgutil, importlib, sys, rewards\n"
         "for m in pkgutil.iter_modules(rewards.__path__, 'rewards.'): importlib.import_module(m.name)\n"
-        "assert not {'torch', 'transformers', 'rl_lvr', 'sympy'} & set(sys.modules)"
+        "assert not {'torch', 'transformers', 'sympy'} & set(sys.modules)\n"
+        "ours = {name.split('.')[1] for name in sys.modules if name.startswith('rl_lvr.')}\n"
+        "assert ours <= {'answers', 'errors'}, ours"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

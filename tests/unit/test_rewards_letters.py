@@ -7,7 +7,7 @@ import time
 import pytest
 
 from rewards.accuracy import accuracy
-from rewards.letters import letter
+from rl_lvr.answers.letters import letter
 
 NAMED = r"""
 B|B

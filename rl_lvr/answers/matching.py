@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, Literal, cast
 
-from rewards.letters import letter
-from rewards.mathematics import LONGEST, same_mathematics
+from rl_lvr.answers.letters import letter
+from rl_lvr.answers.mathematics import LONGEST, same_mathematics
 
 Source = Literal["any", "tags", "boxed", "line"]
 Kind = Literal["auto", "choice", "numeric", "exact", "math"]
