@@ -232,6 +232,7 @@ def _filler(text: str, tokenizer: Any) -> int:
 
 
 def _print(args: argparse.Namespace, engine: Any, rollouts: Sequence[Rollout]) -> None:
+    from rl_lvr.latents.text import completion_text
     from rl_lvr.rollout.readable import readable
     from rl_lvr.rollout.types import describe
 
@@ -240,7 +241,7 @@ def _print(args: argparse.Namespace, engine: Any, rollouts: Sequence[Rollout]) -
         answers.append(
             {
                 "text": readable(rollout, engine.tokenizer, engine.markers),
-                "answer": engine.tokenizer.decode(rollout.completion_ids, skip_special_tokens=True),
+                "answer": completion_text(rollout.completion_ids, engine.tokenizer, engine.markers),
                 "latents": len(rollout.latent_positions),
                 "latent_norms": [round(x, 4) for x in rollout.latents.float().norm(dim=-1).tolist()],
                 **describe(rollout),

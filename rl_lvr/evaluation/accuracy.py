@@ -13,8 +13,10 @@ from rl_lvr.data.encoding import Collator, Encoded
 from rl_lvr.data.targets import target_vectors
 from rl_lvr.errors import UserError
 from rl_lvr.evaluation.matching import matches
+from rl_lvr.latents.format import FormatIds
 from rl_lvr.latents.inject import input_embeddings
 from rl_lvr.latents.interventions import Intervention
+from rl_lvr.latents.text import completion_text
 from rl_lvr.models import Family
 from rl_lvr.rollout.conditions import run_condition
 from rl_lvr.rollout.types import Request, Rollout, RolloutEngine, Sampling
@@ -80,9 +82,9 @@ class AnswerSet:
                 found.append(vectors[mine][order].cpu())
         return found
 
-    def score(self, rollouts: list[Rollout]) -> Scored:
-        """Texts without special tokens, and whether each gives the record's answer."""
-        texts = [self.tokenizer.decode(r.completion_ids, skip_special_tokens=True).strip() for r in rollouts]
+    def score(self, rollouts: list[Rollout], markers: FormatIds) -> Scored:
+        """Texts without spans and special tokens, and whether each gives the record's answer."""
+        texts = [completion_text(r.completion_ids, self.tokenizer, markers).strip() for r in rollouts]
         return Scored(rollouts, texts, [matches(t, a) for t, a in zip(texts, self.answers, strict=True)])
 
     @torch.no_grad()
@@ -107,5 +109,5 @@ class AnswerSet:
                         raise
                     found.undefined[condition.value] = str(error)
                     continue
-            found.scored[condition.value] = self.score(rollouts)
+            found.scored[condition.value] = self.score(rollouts, engine.markers)
         return found

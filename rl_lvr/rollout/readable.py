@@ -6,6 +6,7 @@ from typing import Any
 
 from rl_lvr.latents.format import FormatIds
 from rl_lvr.latents.spans import find_spans
+from rl_lvr.latents.text import completion_text
 from rl_lvr.rollout.types import Rollout
 
 
@@ -18,10 +19,10 @@ def readable(rollout: Rollout, tokenizer: Any, markers: FormatIds) -> str:
     for span in find_spans(rollout.ids, markers).spans:
         if span.stop <= at:
             continue  # the prompt's
-        pieces.append(tokenizer.decode(rollout.ids[at : span.begin], skip_special_tokens=True))
+        pieces.append(completion_text(rollout.ids[at : span.begin], tokenizer, markers))
         vectors = sum(position in fed for position in range(span.begin, span.stop))
         count, what = (vectors, "latent") if vectors or not span.slots else (span.slots, "empty slot")
         pieces.append(f"⟦{count} {what}{'' if count == 1 else 's'}⟧")
         at = span.stop
-    pieces.append(tokenizer.decode(rollout.ids[at:], skip_special_tokens=True))
+    pieces.append(completion_text(rollout.ids[at:], tokenizer, markers))
     return "".join(pieces)

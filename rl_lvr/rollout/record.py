@@ -102,6 +102,7 @@ def span_facts(rollout: Rollout, markers: FormatIds) -> list[dict[str, Any]]:
 
 def recorded(rollout: Rollout, tokenizer: Any, markers: FormatIds, **known: Any) -> RecordedRollout:
     """What a rollout says by itself, and what else is known about it (any field of `RecordedRollout`)."""
+    from rl_lvr.latents.text import completion_text
     from rl_lvr.rollout.readable import readable
 
     said: dict[str, Any] = {
@@ -115,7 +116,7 @@ def recorded(rollout: Rollout, tokenizer: Any, markers: FormatIds, **known: Any)
     }
     for name, ids in (("prompt", rollout.prompt_ids), ("completion", rollout.completion_ids)):
         if name not in known:
-            said[name] = tokenizer.decode(ids, skip_special_tokens=True)
+            said[name] = completion_text(ids, tokenizer, markers)
     return RecordedRollout(**said | known)
 
 

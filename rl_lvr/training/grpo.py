@@ -23,6 +23,7 @@ from rl_lvr.latents.feedback import attach_feedback
 from rl_lvr.latents.format import FormatIds, LatentFormat
 from rl_lvr.latents.inject import sharded, unwrapped
 from rl_lvr.latents.interventions import Intervention
+from rl_lvr.latents.text import completion_text
 from rl_lvr.models import family_of
 from rl_lvr.rollout.forward import evaluating
 from rl_lvr.rollout.hf import HFRolloutEngine
@@ -30,7 +31,7 @@ from rl_lvr.rollout.record import FOLDER, RolloutLog
 from rl_lvr.rollout.types import Capability, RolloutEngine, Sampling, latent_batch
 from rl_lvr.signals import parse_signals
 from rl_lvr.training.grpo_checks import CheckedGRPO, check_settings, dropout_of, refuse_dropout, refuse_tools
-from rl_lvr.training.grpo_columns import has_span, made_columns, record, require_columns
+from rl_lvr.training.grpo_columns import has_span, made_columns, read_completions, record, require_columns
 from rl_lvr.training.grpo_config import LatentGRPOConfig
 from rl_lvr.training.grpo_idle import Kept, drops_idle, level_rows
 from rl_lvr.training.grpo_inputs import processed_once
@@ -222,7 +223,7 @@ class LatentGRPOTrainer(CheckedGRPO):
             with torch.no_grad(), self.accelerator.autocast(), self._phase("generate"), self._whole_weights():
                 made = self._rollouts(requests, turn.sampling)
             for row, rollout in zip(wanted, made, strict=False):
-                texts[row] = self._tokenizer.decode(list(rollout.completion_ids), skip_special_tokens=True)
+                texts[row] = completion_text(rollout.completion_ids, self._tokenizer, self.markers)
         return texts
 
     def _next_turn(self) -> int:
@@ -234,17 +235,18 @@ class LatentGRPOTrainer(CheckedGRPO):
 
     def _generate(self, prompts: list[Any]) -> Any:
         """The parent's `tool_mask` comes from tools alone; here forced tokens get zeros, and whole rollouts that
-        are left out: no loss, KL or ratio there.
+        are left out: no loss, KL or ratio there. Its completions hold what the tokenizer does not call special.
         """
         made = super()._generate(prompts)
         if self.markers is None:
             return made
         assert self._turn is not None
+        completions = read_completions(self._tokenizer, made[0], made[1], made[3], self.markers, self.eos_token_ids)
         tool_mask = [
             (~rollout.forced & (not left_out)).int().tolist()
             for rollout, left_out in zip(self._turn.rollouts, self._turn.excluded, strict=True)
         ]
-        return (*made[:2], tool_mask, *made[3:])
+        return (*made[:2], tool_mask, completions, *made[4:])
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """The parent's `output` has a closed set of keys; latents are added, for it to shuffle and split."""

@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL.Image import Image
+from trl.chat_template_utils import parse_response
 
 from rl_lvr.data.images import SOURCE
 from rl_lvr.errors import UserError
 from rl_lvr.latents.format import FormatIds
+from rl_lvr.latents.text import completion_text, without_markers
 from rl_lvr.rollout.record import RecordedRollout, recorded, span_facts
 from rl_lvr.rollout.types import Rollout
 from rl_lvr.training.grpo_turn import Turn
@@ -43,6 +45,34 @@ def made_columns(
     if turn.again is not None:
         columns["necessity_completions"] = turn.again
     return columns
+
+
+def read_completions(
+    tokenizer: Any,
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
+    completions: Sequence[Any],
+    markers: FormatIds,
+    ends: Sequence[int] = (),
+) -> list[Any]:
+    """TRL's `completions`, text or messages by row, read once more from the ids without spans and markers.
+
+    A tokenizer with a `response_template` splits a message into fields by its special tokens, so these stay for it.
+    The last one goes if it is one of `ends` that TRL, which knows the tokenizer's own alone, would leave in the text.
+    """
+    parses = any(getattr(tokenizer, f"response_{kind}", None) is not None for kind in ("template", "schema"))
+    found: list[Any] = []
+    for prompt, ids, completion in zip(prompt_ids, completion_ids, completions, strict=True):
+        if isinstance(completion, str):
+            found.append(completion_text(ids, tokenizer, markers))
+        elif parses and (kept := without_markers(ids, markers)):
+            if kept[-1] in ends and kept[-1] != tokenizer.eos_token_id:
+                kept.pop()
+            message = parse_response(tokenizer, kept, prefix=list(prompt)) if kept else {"content": ""}
+            found.append([{"role": "assistant", **message}])
+        else:
+            found.append([{"role": "assistant", "content": completion_text(ids, tokenizer, markers)}])
+    return found
 
 
 def has_span(rollout: Rollout, markers: FormatIds) -> bool:
