@@ -30,8 +30,8 @@ def run(arguments: argparse.Namespace) -> int:
     from trl import ModelConfig
 
     from rl_lvr.recipe import parse_recipe
-    from rl_lvr.training.config import LatentSFTConfig
+    from rl_lvr.training.config import SFTRecipe
     from rl_lvr.training.launch import train_sft
 
-    (config, model_config), given = parse_recipe([LatentSFTConfig, ModelConfig], arguments.rest)
+    (config, model_config), given = parse_recipe([SFTRecipe, ModelConfig], arguments.rest)
     return train_sft(config, model_config, given)

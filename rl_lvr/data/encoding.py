@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rl_lvr.data.records import LatentTarget, Record
+from rl_lvr.data.records import LatentTarget, Record, Records
 from rl_lvr.data.schema import LATENT, Problem
 from rl_lvr.data.sources import RowError
 from rl_lvr.errors import UserError
@@ -258,6 +258,20 @@ class Encoder:
 
     def _extra_inputs(self, pictures: list[Image.Image]) -> dict[str, Tensor]:
         return self.family.image_inputs(self.processor.image_processor(images=pictures, return_tensors="pt"))
+
+
+class LazyEncoded(Sequence[Encoded]):
+    """Records encoded each time they are asked for: for data whose processed images would not fit on disk."""
+
+    def __init__(self, records: Records, encoder: Encoder) -> None:
+        self.records = records
+        self.encoder = encoder
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Encoded:  # type: ignore[override]
+        return self.encoder.encode([self.records[index]])[0]
 
 
 @dataclass(frozen=True)

@@ -11,29 +11,59 @@ from rl_lvr.errors import UserError
 from rl_lvr.training import settings
 from rl_lvr.training.faults import LossSettings
 from rl_lvr.training.objectives import parse_objective
-from rl_lvr.training.settings import Defaults, RunSettings, check_run, require_at_least, require_choice, settle_device
+from rl_lvr.training.settings import (
+    Defaults,
+    RunSettings,
+    check_run,
+    refuse_unused,
+    require_at_least,
+    require_choice,
+    settle_device,
+)
 
 SCHEDULES = ("constant", "linear", "cosine")
-WITHOUT_EFFECT = settings.WITHOUT_EFFECT | {
+WITH_RECORDS = {
     "assistant_only_loss": "the assistant's last turn is what is learned",
+    "chat_template_path": "put the template into the model's folder",
     "completion_only_loss": "the assistant's last turn is what is learned",
-    "dataset_kwargs": "records are read by train_file",
-    "dataset_text_field": "records are read by train_file",
+    "dataset_kwargs": "records are encoded as they are",
+    "dataset_num_proc": "records are encoded by the data loader: dataloader_num_workers",
+    "dataset_text_field": "records are encoded as they are",
+    "eos_token": "set it in the tokenizer",
+    "eval_packing": "records are not packed",
+    "label_names": "there is one kind of label",
+    "label_smoothing_factor": "it needs a second forward pass, which would have no latents",
+    "length_column_name": "the order is random",
     "max_length": "records are never cut: one cut within a span or an image would be another record",
     "packing": "it does not work with images, as in TRL",
+    "packing_strategy": "records are not packed",
     "pad_to_multiple_of": "batches are padded to their longest record",
+    "pad_token": "set it in the tokenizer",
     "padding_free": "it does not work with images, as in TRL",
-    "prediction_loss_only": "logits are never kept",
+    "shuffle_dataset": "the order is random",
+    "train_sampling_strategy": "the order is random",
+    "truncation_mode": "records are never cut",
 }
-"""Settings of TRL and transformers that this trainer cannot honour, and why. They are refused, not ignored."""
+"""Settings of TRL and transformers that training on records leaves nothing to read, and why. They are refused."""
+ARGUMENTS_WITH_RECORDS = {
+    "data_collator": "records have their own collator",
+    "compute_loss_func": "the loss is that of the text plus the latent objective",
+    "compute_metrics": "logits are never kept",
+    "preprocess_logits_for_metrics": "logits are never kept",
+    "formatting_func": "records are encoded as they are",
+}
+"""The same for arguments of `SFTTrainer`."""
+WITHOUT_EFFECT = settings.WITHOUT_EFFECT | WITH_RECORDS | {"prediction_loss_only": "logits are never kept"}
+"""What the command line refuses, whatever the value."""
 
 
 @dataclass
-class LatentSFTConfig(RunSettings, LossSettings, Defaults, SFTConfig):
-    """Settings of `rl-lvr sft`. Everything of TRL's `SFTConfig` works as well."""
+class LatentSFTConfig(LossSettings, Defaults, SFTConfig):
+    """The settings of `LatentSFTTrainer`. All of TRL's `SFTConfig` are settings of it as well."""
 
-    processed_cache: bool = field(
-        default=False, metadata={"help": "Process images once and keep the result on disk, beside the data."}
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Longest sequence of a data set of TRL, which is cut there. Records are never cut."},
     )
     latent_objective: str = field(
         default="nmse",
@@ -60,23 +90,19 @@ class LatentSFTConfig(RunSettings, LossSettings, Defaults, SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        check_run(self)
+        self.check()
+        settle_device(self)
+        super().__post_init__()
+
+    def check(self) -> None:
+        """Refuse what cannot be in the settings that are added to TRL's."""
         self.check_faults()
         require_choice(self, "latent_weight_schedule", SCHEDULES)
         for name in ("own_latents", "own_latents_start", "own_latents_end"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be between 0 and 1.")
         require_at_least(self, 0, "latent_noise", "latent_weight", "latent_weight_end", "label_smoothing_factor")
-        if self.label_smoothing_factor:
-            raise UserError(
-                "label_smoothing_factor needs a second forward pass, which would have no latents: leave it out."
-            )
         self.objective = parse_objective(self.latent_objective)
-        self.dataset_kwargs = {"skip_prepare_dataset": True}
-        self.max_length = None
-        self.prediction_loss_only = True  # logits would take a second forward pass, without its latents
-        settle_device(self)
-        super().__post_init__()
 
     def weight_at(self, progress: float) -> float:
         """Weight of the latent objective at a fraction of training."""
@@ -92,3 +118,17 @@ class LatentSFTConfig(RunSettings, LossSettings, Defaults, SFTConfig):
             return 0.0
         ramp = (progress - self.own_latents_start) / max(self.own_latents_end - self.own_latents_start, 1e-9)
         return self.own_latents * min(ramp, 1.0)
+
+
+@dataclass
+class SFTRecipe(RunSettings, LatentSFTConfig):
+    """The settings of `rl-lvr sft`: the trainer's, and what a recipe says besides."""
+
+    processed_cache: bool = field(
+        default=False, metadata={"help": "Process images once and keep the result on disk, beside the data."}
+    )
+
+    def __post_init__(self) -> None:
+        check_run(self)
+        refuse_unused(self, WITH_RECORDS, "on records")
+        super().__post_init__()

@@ -6,7 +6,6 @@ operation would wait for ever. Faults inside a reward are dealt with in `rewardi
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import time
@@ -17,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from trl.trainer.utils import is_async_callable
 
 from rl_lvr.errors import Fault, UserError
 from rl_lvr.latents.format import FormatIds
@@ -176,7 +176,7 @@ def watched(reward: Callable[..., Any], errors: list[Exception]) -> Callable[...
         errors.append(error)
         return [None] * len(columns["completions"])
 
-    if inspect.iscoroutinefunction(reward):
+    if is_async_callable(reward):
 
         async def call_async(**columns: Any) -> Any:
             try:
@@ -184,7 +184,6 @@ def watched(reward: Callable[..., Any], errors: list[Exception]) -> Callable[...
             except Exception as error:  # noqa: BLE001, raised again by the trainer
                 return failed(error, columns)
 
-        call_async.__name__ = reward.__name__
         return call_async
 
     def call(**columns: Any) -> Any:
@@ -193,7 +192,6 @@ def watched(reward: Callable[..., Any], errors: list[Exception]) -> Callable[...
         except Exception as error:  # noqa: BLE001, raised again by the trainer
             return failed(error, columns)
 
-    call.__name__ = reward.__name__
     return call
 
 

@@ -6,7 +6,7 @@ Without a latent format every override hands over to TRL untouched. Rollouts are
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
+from trl import GRPOConfig
 from trl.models.utils import unwrap_model_for_generation
 
 from rl_lvr.errors import UserError
@@ -38,61 +40,107 @@ from rl_lvr.training.grpo_inputs import processed_once
 from rl_lvr.training.grpo_pass import FedModel, own_latents
 from rl_lvr.training.grpo_turn import Turn, build_requests, request_seed
 from rl_lvr.training.latent_policy import LatentActions, Pricing, latent_loss
-from rl_lvr.training.rewards import RewardSpec, require_whole_groups, signals_of, weights_at
+from rl_lvr.training.rewards import require_whole_groups, signals_of, weights_at
+from rl_lvr.training.trl_arguments import (
+    STORED,
+    adapter_with_feedback,
+    config_of,
+    format_of,
+    model_of,
+    name_of,
+    processor_of,
+    specs_of,
+)
 
 
 class LatentGRPOTrainer(CheckedGRPO):
-    """GRPO on rollouts with latents.
-
-    `latent_format` None trains without latents and is TRL's trainer. `engine` is any `RolloutEngine` of the same
-    format; by default the model itself generates (`HFRolloutEngine`).
-    """
+    """GRPO on rollouts with latents."""
 
     def __init__(
         self,
-        model: nn.Module,
-        args: LatentGRPOConfig,
+        model: str | nn.Module,
+        reward_funcs: Any = None,
+        args: GRPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        reward_processing_classes: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        tools: list[Callable[..., Any]] | None = None,
+        rollout_func: Callable[..., Any] | None = None,
+        environment_factory: Any = None,
         *,
-        latent_format: LatentFormat | None,
-        rewards: Sequence[RewardSpec],
-        train_dataset: Any,
-        processing_class: Any,
+        latent_format: LatentFormat | str | None = STORED,
         engine: RolloutEngine | None = None,
-        **more: Any,
     ) -> None:
-        self.specs = list(rewards)
-        if not self.specs:
-            raise UserError("rewards is empty: name at least one (rl-lvr rewards list shows them).")
+        """Take TRL's arguments in TRL's order, and two more.
+
+        Args:
+            model: A model, or its path. Where its feedback map is missing, it is attached.
+            reward_funcs: TRL's functions and reward models, and what `load_rewards` returns; one or a list.
+            args: A `LatentGRPOConfig`, or TRL's `GRPOConfig`, whose values are kept.
+            latent_format: A format, the name of a preset, or None to train without latents, which is TRL's trainer.
+                By default the format stored with the model; a model without one trains without latents.
+            engine: Any `RolloutEngine` of that format. By default the model itself generates (`HFRolloutEngine`).
+
+        The other arguments are TRL's. docs/grpo.md says which of them a latent format rules out.
+
+        Raises:
+            UserError: If an argument or a setting would have no effect.
+        """
+        config = config_of(args, LatentGRPOConfig, GRPOConfig, f"{name_of(model).split('/')[-1]}-GRPO")
+        chosen = format_of(model, latent_format)
+        self.specs = specs_of(reward_funcs, config.reward_weights)
         self.signals = parse_signals(signals_of(self.specs))
         self.markers: FormatIds | None = None
-        if latent_format is None:
+        if chosen is None:
             self._without_latents(engine)
         else:
+            refuse_tools({"tools": tools, "environment_factory": environment_factory, "rollout_func": rollout_func})
+            model = model_of(model, config, chosen, quantization_config)
+            peft_config = adapter_with_feedback(peft_config, model)
+            if processing_class is None:
+                processing_class = processor_of(model, config)
             tokenizer = getattr(processing_class, "tokenizer", processing_class)
             self.family = family_of(model)
-            self.markers = latent_format.bind(tokenizer, self.family.placeholder_ids(tokenizer))
-            check_settings(args, latent_format, self.family.hidden_size)
-            refuse_tools(more)
-        args.reward_weights = weights_at(self.specs, 0)
+            self.markers = chosen.bind(tokenizer, self.family.placeholder_ids(tokenizer))
+            check_settings(config, chosen, self.family.hidden_size)
         super().__init__(
             model=model,
-            args=args,
             reward_funcs=[spec.function for spec in self.specs],
+            args=config,
             train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             processing_class=processing_class,
-            **more,
+            reward_processing_classes=reward_processing_classes,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            tools=tools,
+            rollout_func=rollout_func,
+            environment_factory=environment_factory,
         )
+        self._weigh()
         self._turn: Turn | None = None
         self._feed: LatentBatch | None = None
         self._kept: Kept | None = None
         self._fed: FedModel | None = None
-        self._parity_known = not args.parity_check
+        self._parity_known = not config.parity_check
         self._synced_step = -1
         self._level: Tensor | None = None
         self._turns: dict[str, tuple[int, int]] = {}
-        if latent_format is not None:
-            self._drops_idle = drops_idle(args, router_loss=self.aux_loss_enabled)
-            self._prepare(latent_format, engine)
+        if chosen is not None:
+            self._drops_idle = drops_idle(config, router_loss=self.aux_loss_enabled)
+            self._prepare(chosen, engine)
+
+    def _weigh(self) -> None:
+        """Set the weights of this step; those of rewards that environments own, which TRL puts last, are TRL's."""
+        weights = weights_at(self.specs, self.state.global_step)
+        self.reward_weights[: len(weights)] = torch.tensor(weights, dtype=torch.float32)
 
     def _without_latents(self, engine: RolloutEngine | None) -> None:
         if engine is not None:
@@ -251,8 +299,7 @@ class LatentGRPOTrainer(CheckedGRPO):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """The parent's `output` has a closed set of keys; latents are added, for it to shuffle and split."""
         mode = self._mode
-        weights = weights_at(self.specs, self.state.global_step)
-        self.reward_weights = torch.tensor(weights, dtype=torch.float32)
+        self._weigh()
         if self.markers is None:
             output: dict[str, Any] = super()._generate_and_score_completions(inputs)
             self._note_learning(mode)
@@ -402,7 +449,7 @@ class LatentGRPOTrainer(CheckedGRPO):
             folder = Path(self.args.output_dir) / FOLDER
             self._rollout_log = RolloutLog(folder, self.accelerator.process_index)
         assert self.markers is not None
-        names = [spec.name for spec in self.specs]
+        names = self.reward_func_names
         said = list(zip(prompts, completions, strict=True))
         rows = record(turn, inputs, said, rewards, groups, names, self._tokenizer, self.markers)
         self._rollout_log.append(self.state.global_step, rows, latent_batch(turn.rollouts))

@@ -17,10 +17,11 @@ from rl_lvr.latents.format import LatentFormat
 from rl_lvr.rollout.replay import check_parity
 from rl_lvr.rollout.types import Sampling
 from rl_lvr.training.faults import agree
-from rl_lvr.training.grpo_config import LatentGRPOConfig
+from rl_lvr.training.grpo_config import WITH_LATENTS, LatentGRPOConfig
 from rl_lvr.training.grpo_pass import own_latents
 from rl_lvr.training.grpo_phases import TimedGRPO
 from rl_lvr.training.grpo_turn import ROW_SHARE, Turn, replay_difference, require_agreement
+from rl_lvr.training.settings import refuse_unused
 
 PARITY_ROWS = 4
 _log = logging.getLogger(__name__)
@@ -129,12 +130,8 @@ def _undistorted(sampling: Sampling) -> bool:
 
 
 def check_settings(args: LatentGRPOConfig, latent_format: LatentFormat, hidden_size: int) -> None:
-    """Settings that TRL's own generation would read."""
-    if args.use_vllm or args.use_transformers_continuous_batching:
-        name = "use_vllm" if args.use_vllm else "use_transformers_continuous_batching"
-        raise UserError(f"{name} generates without latents: leave it out and give the trainer an engine.")
-    if args.generation_kwargs:
-        raise UserError("generation_kwargs is read by transformers' generate alone: leave it out.")
+    """Refuse settings that only TRL's own generation would read, and those that a latent format rules out."""
+    refuse_unused(args, WITH_LATENTS, "with a latent format")
     if not args.temperature > 0:
         raise UserError(f"temperature is {args.temperature}; it must be above 0, or nothing is explored.")
     sequences = args.vllm_importance_sampling_mode.startswith("sequence")

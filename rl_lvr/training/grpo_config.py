@@ -12,15 +12,34 @@ from rl_lvr.training.faults import RolloutSettings
 from rl_lvr.training.settings import Defaults, settle_device
 
 POLICIES = ("context", "unrolled", "gaussian", "spherical")
+_ENGINE = "the trainer's engine generates: its options are in docs/engines.md"
+WITH_LATENTS = {
+    "use_vllm": "it generates without latents: give the trainer an engine",
+    "use_transformers_continuous_batching": "it generates without latents: give the trainer an engine",
+    "use_transformers_paged": "it generates without latents: give the trainer an engine",
+    "transformers_continuous_batching_config": "it generates without latents: give the trainer an engine",
+    "cache_implementation": "only transformers' generate reads it",
+    "generation_kwargs": "only transformers' generate reads them",
+    "max_tool_calling_iterations": "there are no tools",
+    "vllm_mode": _ENGINE,
+    "vllm_model_impl": _ENGINE,
+    "vllm_enable_sleep_mode": "the engine vllm sleeps by engine_sleep",
+    "vllm_structured_outputs_regex": _ENGINE,
+    "vllm_server_base_url": _ENGINE,
+    "vllm_server_host": _ENGINE,
+    "vllm_server_port": _ENGINE,
+    "vllm_server_timeout": _ENGINE,
+    "vllm_group_port": _ENGINE,
+    "vllm_gpu_memory_utilization": _ENGINE,
+    "vllm_max_model_length": _ENGINE,
+    "vllm_tensor_parallel_size": _ENGINE,
+}
+"""Settings of TRL that a latent format leaves nothing to read, and why. They are refused, not ignored."""
 
 
 @dataclass
 class LatentGRPOConfig(RolloutSettings, Defaults, GRPOConfig):
     """Everything of TRL's `GRPOConfig` works as well, but for what the trainer refuses with the reason."""
-
-    rewards: list[str] = field(
-        default_factory=list, metadata={"help": "Rewards: names, or mappings with a name (docs/rewards.md)."}
-    )
 
     latent_policy: str = field(
         default="context",
@@ -86,6 +105,12 @@ class LatentGRPOConfig(RolloutSettings, Defaults, GRPOConfig):
     )
 
     def __post_init__(self) -> None:
+        self.check()
+        settle_device(self)
+        super().__post_init__()
+
+    def check(self) -> None:
+        """Refuse what cannot be in the settings that are added to TRL's."""
         if self.latent_policy not in POLICIES:
             hint = near_miss(self.latent_policy, POLICIES, f"; choose {', '.join(POLICIES)}.")
             raise UserError(f"no latent_policy {self.latent_policy!r}{hint}")
@@ -102,8 +127,6 @@ class LatentGRPOConfig(RolloutSettings, Defaults, GRPOConfig):
             raise UserError(f"scoring_batch is {self.scoring_batch}; it must be at least 1.")
         self._check_policy()
         self.check_faults()
-        settle_device(self)
-        super().__post_init__()
 
     def _check_policy(self) -> None:
         if self.law is not None and self.latent_sigma == 0:

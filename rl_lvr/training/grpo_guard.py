@@ -5,12 +5,12 @@ What is done about each is in `faults.py` and in docs/grpo.md; what is kept when
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rl_lvr.errors import UserError
 from rl_lvr.latents.format import FormatIds
@@ -26,12 +26,18 @@ class GuardedGRPO(ResumableGRPO):
 
     markers: FormatIds | None
     engine: RolloutEngine
+    reward_funcs: list[Any]
     _level: Tensor | None
     """[B of all processes] bool, rows of groups in which no rewards differ; of the last generation batch."""
 
-    def __init__(self, *, reward_funcs: Sequence[Callable[..., Any]], **more: Any) -> None:
+    def __init__(self, **more: Any) -> None:
+        super().__init__(**more)
         self._reward_errors: list[Exception] = []
-        super().__init__(reward_funcs=[watched(reward, self._reward_errors) for reward in reward_funcs], **more)
+        # Once TRL has named them, and added those of environments. Reward models are modules, and stay so.
+        self.reward_funcs = [
+            reward if isinstance(reward, nn.Module) else watched(reward, self._reward_errors)
+            for reward in self.reward_funcs
+        ]
 
     @property
     def _mode(self) -> str:

@@ -25,6 +25,9 @@ class GRPORecipe(RunSettings, LatentGRPOConfig):
 
     _VALID_DICT_FIELDS = [*LatentGRPOConfig._VALID_DICT_FIELDS, "engine_options"]  # noqa: RUF012, as transformers has it
 
+    rewards: list[str] = field(
+        default_factory=list, metadata={"help": "Rewards: names, or mappings with a name (docs/rewards.md)."}
+    )
     engine: str = field(
         default="hf",
         metadata={"help": "What generates: hf, the model itself; vllm, in this process; server, over HTTP."},

@@ -13,14 +13,14 @@ from trl import ModelConfig
 from rl_lvr import quiet
 from rl_lvr.data.cache import cache_key, encoded_records
 from rl_lvr.data.check import Report
-from rl_lvr.data.encoding import Encoded, Encoder
+from rl_lvr.data.encoding import Encoded, Encoder, LazyEncoded
 from rl_lvr.data.records import Records, load_records
 from rl_lvr.data.sources import locate
 from rl_lvr.training.conduct import Run, conduct
-from rl_lvr.training.config import WITHOUT_EFFECT, LatentSFTConfig
+from rl_lvr.training.config import WITHOUT_EFFECT, SFTRecipe
+from rl_lvr.training.settings import freeze_vision
 from rl_lvr.training.sft import LatentSFTTrainer
 from rl_lvr.training.start import (
-    LazyEncoded,
     adapter_of,
     check_files,
     check_start,
@@ -30,7 +30,7 @@ from rl_lvr.training.start import (
 )
 
 
-def train_sft(config: LatentSFTConfig, model_config: ModelConfig, given: dict[str, Any]) -> int:
+def train_sft(config: SFTRecipe, model_config: ModelConfig, given: dict[str, Any]) -> int:
     """Train as the recipe says; returns the exit code."""
     start = check_start(config, model_config, given, WITHOUT_EFFECT)
     quiet.transformers()
@@ -40,6 +40,7 @@ def train_sft(config: LatentSFTConfig, model_config: ModelConfig, given: dict[st
     checked = _checked(config, encoder)
     set_seed(config.seed)  # new tokens and projectors are drawn here, before TRL sets the seed
     model = load_start(start, config, model_config, encoder)
+    freeze_vision(encoder.family, model, tower=config.freeze_vision_tower, merger=config.freeze_merger)
     with config.main_process_first(desc="processing records"):
         records = load_records(config.train_file, config.train_limit)
         train = _encoded(records, encoder, config, checked[config.train_file])
@@ -55,11 +56,10 @@ def train_sft(config: LatentSFTConfig, model_config: ModelConfig, given: dict[st
         return LatentSFTTrainer(
             model,
             config,
-            family=encoder.family,
-            markers=encoder.markers,
-            processor=encoder.processor,
-            train=train,
-            evaluation=evaluation if config.eval_strategy != "no" else (),
+            train_dataset=train,
+            eval_dataset=evaluation if config.eval_strategy != "no" else None,
+            processing_class=encoder.processor,
+            latent_format=start.latent_format,
             callbacks=callbacks,
             peft_config=adapter_of(model_config, model, encoder.family, encoder.markers),
         )
@@ -67,7 +67,7 @@ def train_sft(config: LatentSFTConfig, model_config: ModelConfig, given: dict[st
     return conduct(Run("sft", config, model_config, given, start), build, encoder, questions)
 
 
-def _checked(config: LatentSFTConfig, encoder: Encoder) -> dict[str, Report]:
+def _checked(config: SFTRecipe, encoder: Encoder) -> dict[str, Report]:
     """The reports of the data files. Answers are learned from train_file, and losses of eval_file may be asked for."""
     learned = {config.train_file: True}
     if config.eval_file:
@@ -76,7 +76,7 @@ def _checked(config: LatentSFTConfig, encoder: Encoder) -> dict[str, Report]:
     return check_files(config, judges, [file for file, yes in learned.items() if yes])
 
 
-def _encoded(records: Records, encoder: Encoder, config: LatentSFTConfig, report: Report) -> Sequence[Encoded]:
+def _encoded(records: Records, encoder: Encoder, config: SFTRecipe, report: Report) -> Sequence[Encoded]:
     if not config.processed_cache:
         return LazyEncoded(records, encoder)
     key = cache_key(report.path, report.image_files, len(records), encoder)

@@ -13,7 +13,7 @@ from trl import ModelConfig
 
 from rl_lvr import quiet
 from rl_lvr.data.check import Judge
-from rl_lvr.data.encoding import Encoder
+from rl_lvr.data.encoding import Encoder, LazyEncoded
 from rl_lvr.data.prompts import PromptJudge, prompt_rows
 from rl_lvr.data.records import load_records
 from rl_lvr.errors import UserError
@@ -29,7 +29,6 @@ from rl_lvr.training.rewarding.options import FROM_TRAINER
 from rl_lvr.training.rewards import MADE_BY_TRAINER, RewardSpec, load_rewards, signals_of
 from rl_lvr.training.settings import freeze_vision
 from rl_lvr.training.start import (
-    LazyEncoded,
     adapter_of,
     check_files,
     check_start,
@@ -56,7 +55,7 @@ def train_grpo(config: GRPORecipe, model_config: ModelConfig, given: dict[str, A
     _check_files(config, encoder, judge)
     set_seed(config.seed)  # new tokens and projectors are drawn here, before TRL sets the seed
     model = load_start(start, config, model_config, encoder)
-    freeze_vision(config, encoder.family, model)
+    freeze_vision(encoder.family, model, tower=config.freeze_vision_tower, merger=config.freeze_merger)
     train = prompt_rows(load_records(config.train_file, config.train_limit), judge.meta)
     evaluation = questions = None
     if config.eval_file:
@@ -81,9 +80,9 @@ def train_grpo(config: GRPORecipe, model_config: ModelConfig, given: dict[str, A
     def build(callbacks: list[TrainerCallback]) -> LatentGRPOTrainer:
         return LatentGRPOTrainer(
             model,
+            specs,
             config,
             latent_format=start.latent_format,
-            rewards=specs,
             train_dataset=train,
             eval_dataset=evaluation,
             processing_class=encoder.processor,

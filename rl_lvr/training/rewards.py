@@ -27,6 +27,7 @@ __all__ = [
     "load_rewards",
     "require_whole_groups",
     "signals_of",
+    "spec_of",
     "weights_at",
 ]
 
@@ -65,8 +66,8 @@ class RewardSpec:
     """In logs, unique within a run; also the function's `__name__`, by which TRL names its metrics."""
     where: str
     """Where it was found, for people."""
-    function: Callable[..., Any]
-    """TRL's signature, guarded; a coroutine function if the reward is one."""
+    function: Any
+    """A function of TRL's signature, guarded if `load_rewards` made it, or a reward model or its path."""
     weight: float
     schedule: Schedule
     signals: tuple[Any, ...]
@@ -170,6 +171,23 @@ def _load(entry: str | Mapping[str, Any], beside: Path | None) -> RewardSpec:
         takes=frozenset(_taken(reward) | signal_names(signals)),
         needs=frozenset(_needed(reward) - signal_names(signals) - set(MADE_BY_TRAINER) - FROM_TRAINER),
         doc=first_line(found.target),
+    )
+
+
+def spec_of(function: Callable[..., Any], name: str) -> RewardSpec:
+    """A reward function as TRL takes it, called as it is: with a weight of 1 and the signals that it declares."""
+    found = Found(name, "reward_funcs", function)
+    signals = _signals(name, function, found, ())
+    return RewardSpec(
+        name=name,
+        where=found.where,
+        function=function,
+        weight=1.0,
+        schedule=Schedule(),
+        signals=signals,
+        takes=frozenset(_taken(function) | signal_names(signals)),
+        needs=frozenset(_needed(function) - signal_names(signals) - set(MADE_BY_TRAINER) - FROM_TRAINER),
+        doc=first_line(function),
     )
 
 

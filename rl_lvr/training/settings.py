@@ -5,7 +5,8 @@ Mixins for TRL's config classes, named before them among the bases. What they ho
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -142,10 +143,20 @@ def check_run(config: Any) -> None:
     config.disable_tqdm = True  # callbacks.Progress draws the bar
 
 
-def freeze_vision(config: Any, family: Family, model: nn.Module) -> None:
-    """Freeze the vision parts that the recipe freezes, and only those."""
+def refuse_unused(args: Any, table: Mapping[str, str], where: str) -> None:
+    """Refuse settings of `table` (name: why it has no effect) that were changed from their default."""
+    known = {entry.name: entry for entry in fields(args)}
+    for name, why in table.items():
+        entry, value = known[name], getattr(args, name)
+        default = entry.default if entry.default_factory is MISSING else entry.default_factory()
+        if value is not None and value != {} and value != default:
+            raise UserError(f"{name} has no effect {where} ({why}): leave it out.")
+
+
+def freeze_vision(family: Family, model: nn.Module, *, tower: bool = True, merger: bool = True) -> None:
+    """Freeze these vision parts, and only those."""
     parameters = family.vision_parameters(model)
-    for name, frozen in (("tower", config.freeze_vision_tower), ("merger", config.freeze_merger)):
+    for name, frozen in (("tower", tower), ("merger", merger)):
         for parameter in parameters[name]:
             parameter.requires_grad_(not frozen)
 

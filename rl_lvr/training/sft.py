@@ -6,30 +6,43 @@ DeepSpeed, checkpoints and resuming are TRL's and transformers' own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import TrainerCallback
-from trl import SFTTrainer
+from transformers import TrainerCallback, TrainingArguments
+from trl import SFTConfig, SFTTrainer
 
-from rl_lvr.data.encoding import Collator, Encoded, TargetBatch
+from rl_lvr.data.encoding import Collator, Encoded, Encoder, LazyEncoded, TargetBatch
+from rl_lvr.data.records import Records
 from rl_lvr.data.targets import target_vectors
+from rl_lvr.errors import UserError
 from rl_lvr.latents.batch import LatentBatch
 from rl_lvr.latents.feedback import NAME as FEEDBACK
 from rl_lvr.latents.feedback import feedback
-from rl_lvr.latents.format import FormatIds
-from rl_lvr.latents.inject import inject
+from rl_lvr.latents.format import FormatIds, LatentFormat
+from rl_lvr.latents.inject import inject, unwrapped
 from rl_lvr.latents.spans import span_masks
-from rl_lvr.models import Family
+from rl_lvr.models import family_of
 from rl_lvr.rollout.forward import evaluating
-from rl_lvr.training.config import LatentSFTConfig
+from rl_lvr.training.config import ARGUMENTS_WITH_RECORDS, WITH_RECORDS, LatentSFTConfig
 from rl_lvr.training.objectives import LatentPairs, latent_objective
 from rl_lvr.training.resuming import Moment, Resumable
-from rl_lvr.training.settings import freeze_vision
+from rl_lvr.training.settings import refuse_unused
+from rl_lvr.training.trl_arguments import (
+    STORED,
+    adapter_with_feedback,
+    config_of,
+    format_of,
+    model_of,
+    name_of,
+    processor_of,
+    refuse_arguments,
+)
 
 
 class LatentSFTTrainer(Resumable, SFTTrainer):
@@ -37,40 +50,105 @@ class LatentSFTTrainer(Resumable, SFTTrainer):
 
     In the forward pass every span is filled with its targets (teacher forcing). A growing share of each span, from
     its end, may be filled with the model's own predictions instead (`own_latents`), and spans without targets always
-    are. `markers` None trains on text alone and is TRL's trainer.
+    are.
+
+    It trains on records (`load_records`, or `Encoded` rows), with or without latents. On a data set of TRL, which has
+    no latents, it is TRL's trainer.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        args: LatentSFTConfig,
-        *,
-        family: Family,
-        markers: FormatIds | None,
-        processor: Any,
-        train: Sequence[Encoded],
-        evaluation: Sequence[Encoded] = (),
+        model: str | nn.Module,
+        args: TrainingArguments | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_loss_func: Callable[..., Any] | None = None,
+        compute_metrics: Callable[..., Any] | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[..., Any] | None = None,
+        quantization_config: Any = None,
         peft_config: Any = None,
+        formatting_func: Callable[..., Any] | None = None,
+        *,
+        latent_format: LatentFormat | str | None = STORED,
     ) -> None:
-        self.family = family
-        self.markers = markers
-        self._has_feedback = hasattr(model, FEEDBACK)
-        freeze_vision(args, family, model)
-        tokenizer = getattr(processor, "tokenizer", processor)
-        self.image_id = family.placeholder_ids(tokenizer)["image"]
+        """Take TRL's arguments in TRL's order, and one more.
+
+        Args:
+            model: A model, or its path. Where its feedback map is missing, it is attached.
+            args: A `LatentSFTConfig`, or TRL's `SFTConfig` or transformers' `TrainingArguments`, whose values are kept.
+            train_dataset: Records, `Encoded` rows, or without latents a data set of TRL.
+            eval_dataset: The same.
+            latent_format: A format, the name of a preset, or None to train without latents. By default the format
+                stored with the model; a model without one trains without latents.
+
+        The other arguments are TRL's. docs/sft.md says which of them training on records rules out.
+
+        Raises:
+            UserError: If an argument or a setting would have no effect.
+        """
+        if isinstance(args, TrainingArguments) and not isinstance(args, SFTConfig):
+            args = SFTConfig(**{**args.to_dict(), "hub_token": args.hub_token})  # as TRL does
+        config = config_of(args, LatentSFTConfig, SFTConfig, f"{name_of(model).split('/')[-1]}-SFT")
+        chosen = format_of(model, latent_format)
+        self.markers: FormatIds | None = None
+        self._on_records = chosen is not None or isinstance(train_dataset, Sequence)
+        arguments = {
+            "data_collator": data_collator,
+            "compute_loss_func": compute_loss_func,
+            "compute_metrics": compute_metrics,
+            "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
+            "formatting_func": formatting_func,
+        }
+        if self._on_records:
+            refuse_arguments(arguments, ARGUMENTS_WITH_RECORDS, "on records")
+            refuse_unused(config, WITH_RECORDS, "on records")
+            _require_records("train_dataset", train_dataset)
+            if eval_dataset is not None:
+                _require_records("eval_dataset", eval_dataset)
+            model = model_of(model, config, chosen, quantization_config)
+            peft_config = adapter_with_feedback(peft_config, model)
+            if processing_class is None:
+                processing_class = processor_of(model, config)
+            self.family = family_of(model)
+            tokenizer = getattr(processing_class, "tokenizer", processing_class)
+            placeholders = self.family.placeholder_ids(tokenizer)
+            self.image_id = placeholders.get("image", -1)
+            if chosen is not None:
+                self.markers = chosen.bind(tokenizer, placeholders)
+            encoder = Encoder(processing_class, self.family, self.markers)
+            train, evaluation = (
+                LazyEncoded(data, encoder) if isinstance(data, Records) else data or ()
+                for data in (train_dataset, eval_dataset)
+            )
+            arguments["data_collator"] = Collator([train, evaluation], self.family, tokenizer.pad_token_id)
+            train_dataset = Dataset.from_dict({"index": range(len(train))})
+            eval_dataset = None
+            if evaluation:
+                eval_dataset = Dataset.from_dict({"index": range(len(train), len(train) + len(evaluation))})
+            config = copy.copy(config)
+            config.dataset_kwargs = {"skip_prepare_dataset": True}
+            config.max_length = None
+            config.remove_unused_columns = False
+            config.prediction_loss_only = True  # logits would take a second forward pass, without its latents
         super().__init__(
             model=model,
-            args=args,
-            data_collator=Collator([train, evaluation], family, tokenizer.pad_token_id),
-            train_dataset=Dataset.from_dict({"index": range(len(train))}),
-            eval_dataset=Dataset.from_dict({"index": range(len(train), len(train) + len(evaluation))})
-            if evaluation
-            else None,
-            processing_class=processor,
+            args=config,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
             callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            quantization_config=quantization_config,
             peft_config=peft_config,
+            **arguments,
         )
+        self._has_feedback = hasattr(unwrapped(self.model), FEEDBACK)
 
     def compute_loss(
         self,
@@ -78,8 +156,12 @@ class LatentSFTTrainer(Resumable, SFTTrainer):
         inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
+    ) -> Any:
         """TRL's loss of a forward pass with latents in it, plus the weighted latent objective."""
+        if not self._on_records:
+            found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            self._checked_loss(found[0] if return_outputs else found)
+            return found
         targets: TargetBatch = inputs.pop("targets").to(self.args.device)
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         images = {key: inputs[key] for key in self.family.image_keys if key in inputs}
@@ -224,6 +306,19 @@ class LatentSFTTrainer(Resumable, SFTTrainer):
     def _take(self, moment: Moment) -> None:
         super()._take(moment)
         self._total_train_tokens = moment.counters["train_tokens"]
+
+
+def _require_records(name: str, data: Any) -> None:
+    """Refuse what the trainer cannot encode, or has not been encoded."""
+    if not isinstance(data, Sequence) or (isinstance(data, list | tuple) and not all(map(_is_encoded, data))):
+        raise UserError(
+            f"{name} is a {type(data).__name__}, which holds no latent targets: give records "
+            "(rl_lvr.data.records.load_records), or train without a latent format."
+        )
+
+
+def _is_encoded(row: Any) -> bool:
+    return isinstance(row, Encoded)
 
 
 def _last_of_spans(rows: Tensor, spans: Tensor, share: float) -> Tensor:

@@ -40,20 +40,6 @@ class Start:
     latent_format: LatentFormat | None
 
 
-class LazyEncoded(Sequence[Encoded]):
-    """Records encoded each time they are asked for: for data whose processed images would not fit on disk."""
-
-    def __init__(self, records: Records, encoder: Encoder) -> None:
-        self.records = records
-        self.encoder = encoder
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> Encoded:  # type: ignore[override]
-        return self.encoder.encode([self.records[index]])[0]
-
-
 def check_start(
     config: Any, model_config: ModelConfig, given: Mapping[str, Any], without_effect: Mapping[str, str]
 ) -> Start:

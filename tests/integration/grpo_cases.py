@@ -114,9 +114,9 @@ def make_trainer(
     changes.setdefault("latent_sigma", SIGMAS.get(policy, 0.0))
     trainer = kind(
         model,
+        rewards(folder, *reward_names),
         LatentGRPOConfig(**settings(folder, **changes)),
         latent_format=latent_format,
-        rewards=rewards(folder, *reward_names),
         train_dataset=rows() if data is None else data,
         processing_class=processor,
         engine=engine,

@@ -250,12 +250,12 @@ def test_what_the_trainer_cannot_do_is_refused(load_tiny: Any, tmp_path: Path) -
     for name in ("tools", "environment_factory", "rollout_func"):
         with pytest.raises(UserError, match=f"{name} is TRL's own way to generate"):
             make_trainer(model, processor, tmp_path, given={name: [print] if name == "tools" else print})
-    with pytest.raises(UserError, match="rewards is empty"):
+    with pytest.raises(ValueError, match="No reward source provided"):
         LatentGRPOTrainer(
             model,
+            [],
             LatentGRPOConfig(**settings(tmp_path)),
             latent_format=LVR,
-            rewards=[],
             train_dataset=rows(),
             processing_class=processor,
         )

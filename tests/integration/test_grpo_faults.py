@@ -103,9 +103,9 @@ def faulty(load_tiny: Any, folder: Path, name: str, **changes: Any) -> Any:
     model, processor = opening(load_tiny)
     return LatentGRPOTrainer(
         model,
+        load_rewards([f"{folder / 'faulty.py'}:{name}"]),
         LatentGRPOConfig(**settings(folder, max_steps=4, parity_check=False, **changes)),
         latent_format=LVR,
-        rewards=load_rewards([f"{folder / 'faulty.py'}:{name}"]),
         train_dataset=rows(images=False),
         processing_class=processor,
     )

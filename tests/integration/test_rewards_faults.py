@@ -57,9 +57,9 @@ def trainer_with(load_tiny: Any, folder: Path, faulty: dict[str, Any]) -> Latent
     entries = [f"{path}:letters", {**faulty, "name": f"{path}:{faulty['name']}"}]
     return LatentGRPOTrainer(
         model,
+        load_rewards(entries),
         LatentGRPOConfig(**settings(folder, max_steps=3, parity_check=False)),
         latent_format=LVR,
-        rewards=load_rewards(entries),
         train_dataset=rows(images=False),
         processing_class=processor,
     )

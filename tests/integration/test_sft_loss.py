@@ -16,27 +16,26 @@ from rl_lvr.data.targets import target_vectors
 from rl_lvr.rollout.hf import HFRolloutEngine
 from rl_lvr.rollout.types import Request, Sampling
 from rl_lvr.training.config import LatentSFTConfig
+from rl_lvr.training.settings import freeze_vision
 from rl_lvr.training.sft import LatentSFTTrainer
 
 
 def trainer_of(bench: Bench, out: Path, encoded: list[Any] | None = None, **settings: Any) -> LatentSFTTrainer:
     config = LatentSFTConfig(
         output_dir=str(out),
-        train_file="unused",
-        latent_format="lvr",
         max_steps=10,
         per_device_train_batch_size=4,
         report_to="none",
         save_strategy="no",
         **settings,
     )
+    freeze_vision(bench.family, bench.model)
     return LatentSFTTrainer(
         bench.model,
         config,
-        family=bench.family,
-        markers=bench.markers,
-        processor=bench.processor,
-        train=encoded or bench.encoded,
+        train_dataset=encoded or bench.encoded,
+        processing_class=bench.processor,
+        latent_format=bench.markers.format if bench.markers else None,
     )
 
 

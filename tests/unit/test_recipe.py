@@ -9,11 +9,11 @@ from trl import ModelConfig
 
 from rl_lvr.errors import UserError
 from rl_lvr.recipe import parse_recipe, read_recipe, split_config
-from rl_lvr.training.config import LatentSFTConfig
+from rl_lvr.training.config import SFTRecipe
 from rl_lvr.training.grpo_recipe import GRPORecipe
 from rl_lvr.training.rewards import load_rewards
 
-TYPES = [LatentSFTConfig, ModelConfig]
+TYPES = [SFTRecipe, ModelConfig]
 GOOD = "train_file: a.jsonl\noutput_dir: out\nlatent_format: lvr\nlearning_rate: 1e-3\nreport_to: none\n"
 
 
@@ -109,7 +109,7 @@ def test_required_settings_are_named(recipe: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("recipes/**/*.yaml")), ids=lambda p: p.stem)
 def test_every_recipe_of_the_repository_parses(path: Path) -> None:
-    kind = GRPORecipe if "rewards" in read_recipe(path) else LatentSFTConfig
+    kind = GRPORecipe if "rewards" in read_recipe(path) else SFTRecipe
     (config, model), _ = parse_recipe([kind, ModelConfig], ["--config", str(path)])
     assert config.train_file
     assert model.model_name_or_path
