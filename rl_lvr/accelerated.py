@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rl_lvr.errors import UserError
 
@@ -85,6 +86,42 @@ def main(words: list[str]) -> int:
         print(f"rl-lvr: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
+
+
+@contextmanager
+def group_ended() -> Iterator[None]:
+    """End the process group that was begun inside, on every way out; one that was there before is left alone.
+
+    The threads of a group that outlives the interpreter can abort the process (exit code -6) after its work is done.
+    A process that leaves by an exception does not wait for the others, which may never come: their next collective
+    operation fails, and the launcher ends them.
+    """
+    earlier = _group()
+    try:
+        yield
+    except BaseException:
+        _end_group(earlier, failed=True)
+        raise
+    _end_group(earlier, failed=False)
+
+
+def _group() -> Any:
+    """The process group, without importing torch."""
+    distributed: Any = sys.modules.get("torch.distributed")
+    begun = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    return distributed.group.WORLD if begun else None
+
+
+def _end_group(earlier: Any, *, failed: bool) -> None:
+    group = _group()
+    if group is None or group is earlier:
+        return
+    from torch.distributed import destroy_process_group, distributed_c10d, get_backend
+
+    if failed and "nccl" in str(get_backend()):
+        distributed_c10d._abort_process_group()  # destroying would wait for the other processes
+    else:
+        destroy_process_group()
 
 
 def _split(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:

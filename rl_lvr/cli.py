@@ -8,9 +8,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import traceback
 from collections.abc import Sequence
 
 from rl_lvr import __version__, quiet
+from rl_lvr.accelerated import group_ended
 from rl_lvr.errors import UserError
 
 VERBS = ("sft", "grpo", "generate", "rewards", "rollouts", "serve", "data", "lab", "doctor")
@@ -40,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     quiet.before_imports()
     try:
-        return arguments.run(arguments)
+        with group_ended():
+            return arguments.run(arguments)
     except UserError as error:
         print(f"rl-lvr: {error}", file=sys.stderr)
         return error.exit_code
@@ -52,6 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("rl-lvr: interrupted.", file=sys.stderr)
         return 130
+    except SystemExit as error:
+        if error.code:
+            raise
+        # No verb ends this way: what it ran for the user did, before its work was done.
+        traceback.print_exc()
+        ended = f"{arguments.verb} was ended by sys.exit({error.code!r}) in code that it ran, see above"
+        print(f"rl-lvr: {ended}: remove that from it.", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

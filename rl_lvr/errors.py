@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -16,6 +17,20 @@ class Fault(UserError):  # noqa: N818 - as KeyboardInterrupt
     """A run that was under way had to stop. With several processes, all of them stop at the same place."""
 
     exit_code = 1
+
+
+@contextmanager
+def exits_refused(what: str) -> Iterator[None]:
+    """Around code of users: `sys.exit` in it, or any other exception that is no `Exception`, becomes a `UserError`.
+
+    `what` begins the sentence. Ctrl-C stays what it is.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise UserError(f"{what} asked to exit ({error!r}): remove that from it.") from error
 
 
 def near_miss(name: object, known: Iterable[str], otherwise: str = ".") -> str:

@@ -34,7 +34,9 @@ def run(arguments: argparse.Namespace) -> int:
     from rl_lvr.recipe import parse_recipe, split_config
     from rl_lvr.training.grpo_recipe import GRPORecipe
     from rl_lvr.training.launch_grpo import train_grpo
+    from rl_lvr.training.run import run_held
 
     (config, model_config), given = parse_recipe([GRPORecipe, ModelConfig], arguments.rest)
     recipe, _ = split_config(arguments.rest)
-    return train_grpo(config, model_config, given, None if recipe is None else Path(recipe))
+    with run_held(config.output_dir, "rl-lvr grpo"):
+        return train_grpo(config, model_config, given, None if recipe is None else Path(recipe))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rl_lvr.lab.config import LabConfig
+    from rl_lvr.latents.interventions import Intervention
 
 HELP = "build a tiny model from scratch, measure it, and run the demo"
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
@@ -88,10 +89,9 @@ def _build(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    import json
-
     from rl_lvr.errors import UserError
     from rl_lvr.latents.interventions import Intervention
+    from rl_lvr.locking import file_held
 
     names = {c.value for c in Intervention}
     conditions = []
@@ -102,11 +102,18 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out) if arguments.out else None
     if arguments.batch < 1:
         raise UserError(f"--batch is {arguments.batch}; it must be at least 1.")
-    if out is not None:
-        if out.suffix != ".json" or not out.parent.is_dir():
-            raise UserError(f"--out is {out}; name a .json file in a folder that exists.")
+    if out is None:
+        return _measure(arguments, conditions, out)
+    if out.suffix != ".json" or not out.parent.is_dir():
+        raise UserError(f"--out is {out}; name a .json file in a folder that exists.")
+    with file_held(out.with_name(f".{out.name}.lock"), "rl-lvr lab evaluate", f"--out {out}"):
         if out.exists():
             raise UserError(f"{out} exists: choose another file for --out, or delete it first.")
+        return _measure(arguments, conditions, out)
+
+
+def _measure(arguments: argparse.Namespace, conditions: Sequence[Intervention], out: Path | None) -> int:
+    import json
 
     import torch
 
@@ -132,9 +139,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         with out.with_suffix(".jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in found.rows())
         out.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    for name in conditions:
-        figure = summary[name.value]
-        print(f"{name.value:14} {found.undefined[name.value] if figure is None else format(figure, '.4f')}")
+    for condition in (condition.value for condition in conditions):
+        figure = summary[condition]
+        print(f"{condition:14} {found.undefined[condition] if figure is None else format(figure, '.4f')}")
     for name, mean in found.signals.items():
         print(f"{name:14} {'-' if mean is None else format(mean, '.4f')}")
     print(f"{'records':14} {summary['n']}")
@@ -181,8 +188,11 @@ def _start(arguments: argparse.Namespace) -> tuple[Path, LabConfig]:
 def _finish(
     experiment: Callable[[], dict[str, Any]], table: Callable[[dict[str, Any]], str], out: Path, picture: str
 ) -> int:
+    from rl_lvr.locking import folder_held
+
     try:
-        summary = experiment()
+        with folder_held(out, "rl-lvr lab", "--out"):
+            summary = experiment()
     except KeyboardInterrupt:
         print("rl-lvr: stopped; the same command goes on from here.", file=sys.stderr)
         return 130

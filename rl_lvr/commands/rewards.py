@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rl_lvr.errors import UserError
+from rl_lvr.errors import UserError, exits_refused
 from rl_lvr.piping import pipeable
 from rl_lvr.printable import printable
 
@@ -52,11 +52,13 @@ def _list(args: argparse.Namespace) -> int:
     for name, points in installed().items():
         for point in points:
             try:
-                found = load_entry_point(point)
+                with exits_refused(f"reward {name!r}"):
+                    found = load_entry_point(point)
+                    facts = _facts(found.target)
             except UserError as error:  # one broken package must not hide the others
                 rows.append({"name": name, "from": point.value, "signals": [], "doc": "", "error": str(error)})
                 continue
-            rows.append({"name": name, "from": found.where, "error": None, **_facts(found.target)})
+            rows.append({"name": name, "from": found.where, "error": None, **facts})
     if args.json:
         print(json.dumps(rows, ensure_ascii=False))
         return 0

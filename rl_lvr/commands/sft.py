@@ -32,6 +32,8 @@ def run(arguments: argparse.Namespace) -> int:
     from rl_lvr.recipe import parse_recipe
     from rl_lvr.training.config import SFTRecipe
     from rl_lvr.training.launch import train_sft
+    from rl_lvr.training.run import run_held
 
     (config, model_config), given = parse_recipe([SFTRecipe, ModelConfig], arguments.rest)
-    return train_sft(config, model_config, given)
+    with run_held(config.output_dir, "rl-lvr sft"):
+        return train_sft(config, model_config, given)

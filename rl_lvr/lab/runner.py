@@ -20,6 +20,7 @@ import yaml
 from rl_lvr import progress
 from rl_lvr.data.puzzles import PuzzleConfig
 from rl_lvr.errors import UserError
+from rl_lvr.locking import LOCK
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes" / "lab"
 SHOWN = (
@@ -282,7 +283,7 @@ def claim(out: Path, kind: str, config: dict[str, Any]) -> None:
         if json.loads(path.read_text(encoding="utf-8")) != config:
             raise UserError(f"{out} holds a {kind} with other settings ({path}): choose another --out, or delete it.")
         return
-    if out.is_dir() and any(out.iterdir()):
+    if out.is_dir() and any(entry.name != LOCK for entry in out.iterdir()):
         raise UserError(f"{out} is not empty and holds no {kind}: choose another --out.")
     out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")

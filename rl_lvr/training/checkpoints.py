@@ -126,7 +126,7 @@ def rotate(run: Path, limit: int | None, *keep: str | Path | None) -> None:
 
 
 def from_main(ask: Callable[[], _Answer]) -> _Answer:
-    """What `ask` answers in the main process, or the `UserError` that it raises there, in every process.
+    """What `ask` answers in the main process, or the exception that it raises there (a `UserError` in the others).
 
     One process reads the disk, and all go on with the same checkpoint.
     """
@@ -137,12 +137,15 @@ def from_main(ask: Callable[[], _Answer]) -> _Answer:
     if state.num_processes == 1:
         return ask()
     answer: list[tuple[_Answer | None, str | None]] = [(None, None)]
+    raised: Exception | None = None
     if state.is_main_process:
         try:
             answer = [(ask(), None)]
-        except UserError as error:
-            answer = [(None, str(error))]
+        except Exception as error:  # noqa: BLE001, raised again below
+            raised, answer = error, [(None, str(error))]
     broadcast_object_list(answer)
+    if raised is not None:
+        raise raised
     value, refusal = answer[0]
     if refusal is not None:
         raise UserError(refusal)

@@ -40,6 +40,7 @@ from rl_lvr.training.checkpoints import (
     seal,
     tidy,
 )
+from rl_lvr.training.run import run_held
 
 
 @dataclass
@@ -72,6 +73,10 @@ class Resumable(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **more: Any) -> TrainOutput:
         """The parent's; a run that is told to stop, or has to, leaves a checkpoint of its last whole step."""
+        with run_held(self.args.output_dir, "training"):
+            return self._train(resume_from_checkpoint, *args, **more)
+
+    def _train(self, resume_from_checkpoint: str | bool | None, *args: Any, **more: Any) -> TrainOutput:
         checkpoint = from_main(lambda: self._chosen(resume_from_checkpoint))
         if not any(isinstance(callback, _Boundaries) for callback in self.callback_handler.callbacks):
             self.add_callback(_Boundaries(self))

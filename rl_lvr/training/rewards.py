@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rl_lvr.errors import UserError, near_miss
+from rl_lvr.errors import UserError, exits_refused, near_miss
 from rl_lvr.training.rewarding.finding import Found, find
 from rl_lvr.training.rewarding.guard import RewardError, guard
 from rl_lvr.training.rewarding.options import FROM_TRAINER, options_of, signal_names, with_options
@@ -89,7 +89,12 @@ def load_rewards(entries: Sequence[str | Mapping[str, Any]], beside: Path | None
     """
     if isinstance(entries, str | Mapping):
         raise UserError("rewards must be a list: write each below the other, with a dash.")
-    specs = [_load(entry, beside) for entry in entries]
+    specs = []
+    for entry in entries:
+        fields = _fields(entry)
+        # Importing it, constructing it and looking at its signature all run code of the user's.
+        with exits_refused(f"reward {fields['name']!r}"):
+            specs.append(_load(fields, beside))
     names = [spec.name for spec in specs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -139,8 +144,7 @@ def require_whole_groups(specs: Sequence[RewardSpec], args: Any) -> None:
             )
 
 
-def _load(entry: str | Mapping[str, Any], beside: Path | None) -> RewardSpec:
-    fields = _fields(entry)
+def _load(fields: Mapping[str, Any], beside: Path | None) -> RewardSpec:
     name = fields["name"]
     found = find(name, beside)
     options = fields.get("options") or {}

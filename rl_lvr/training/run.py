@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from rl_lvr import __version__
 from rl_lvr.errors import UserError
+from rl_lvr.locking import LOCK, folder_held
 from rl_lvr.training.checkpoints import from_main, newest_whole, require_whole, tidy
 
 RUN_FILE = "run.json"
@@ -29,6 +32,14 @@ PACKAGES = (
 )
 
 
+@contextmanager
+def run_held(output_dir: str, what: str) -> Iterator[None]:
+    """Let no other run write into `output_dir` meanwhile. The main process holds it, and all hear of a refusal."""
+    with ExitStack() as stack:
+        from_main(lambda: stack.enter_context(folder_held(Path(output_dir), what)))
+        yield
+
+
 def open_run(output_dir: str, resume: str | None, overwrite: bool) -> str | None:
     """Make sure that `output_dir` may be written to; returns the checkpoint to resume from, if any.
 
@@ -39,8 +50,6 @@ def open_run(output_dir: str, resume: str | None, overwrite: bool) -> str | None
 
 
 def _open_run(folder: Path, resume: str | None, overwrite: bool) -> str | None:
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output_dir {folder} is a file.")
     earlier = (folder / RUN_FILE).is_file()
     (folder / PARTIAL_FILE).unlink(missing_ok=True)
     if earlier:
@@ -61,7 +70,7 @@ def _open_run(folder: Path, resume: str | None, overwrite: bool) -> str | None:
         raise UserError(
             f"{folder} holds an earlier run: {cure}choose another output_dir, or delete it with --overwrite true."
         )
-    if not earlier and folder.is_dir() and any(folder.iterdir()):
+    if not earlier and folder.is_dir() and any(entry.name != LOCK for entry in folder.iterdir()):
         raise UserError(f"output_dir {folder} is not empty and holds no run of rl-lvr: choose another folder.")
     return None if checkpoint is None else str(checkpoint)
 
@@ -81,8 +90,14 @@ def clear_run(output_dir: str, *inputs: str | None) -> None:
     for path in filter(None, inputs):
         if Path(path).resolve().is_relative_to(folder):
             raise UserError(f"overwrite would delete {path}, which this run reads: choose another output_dir.")
-    if (folder / RUN_FILE).is_file():
-        shutil.rmtree(folder)
+    if not (folder / RUN_FILE).is_file():
+        return
+    # The record goes last: while it is there, a killed deletion can be repeated.
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == RUN_FILE):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != LOCK:
+            entry.unlink()
 
 
 def write_run(output_dir: str, verb: str, given: dict[str, Any], resolved: dict[str, Any]) -> None:

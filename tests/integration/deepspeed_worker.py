@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
 from rl_lvr import cli
-from rl_lvr.accelerated import launch_words
+from rl_lvr.accelerated import group_ended, launch_words
 
 
 def main(commands: Path) -> None:
@@ -28,7 +28,6 @@ def main(commands: Path) -> None:
         codes.append(cli.main(launched(verb, words)))
     commands.with_suffix(f".rank{torch.distributed.get_rank()}").write_text(json.dumps(codes))
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 def launched(verb: str, words: list[str]) -> list[str]:
@@ -46,4 +45,5 @@ def launched(verb: str, words: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    with group_ended():
+        main(Path(sys.argv[1]))

@@ -19,6 +19,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from vllm_cases import LENGTH, VLLMRig, opened
 from zero3_worker import config
 
+from rl_lvr.accelerated import group_ended
 from rl_lvr.latents.format import get_format
 from rl_lvr.rollout.types import Sampling
 from rl_lvr.rollout.vllm.engine import VLLMRolloutEngine
@@ -103,8 +104,8 @@ def main(started: Path, trained: Path, work: Path) -> None:
     save_file(streamed(adapted)[0], work / f"adapted{rank}.safetensors")
     (work / f"rank{rank}.json").write_text(json.dumps(facts))
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    with group_ended():
+        main(*map(Path, sys.argv[1:]))

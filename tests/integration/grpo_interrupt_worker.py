@@ -23,6 +23,7 @@ from transformers import Trainer
 from trl import GRPOTrainer
 
 from rl_lvr import cli
+from rl_lvr.accelerated import group_ended
 from rl_lvr.latents.interventions import Intervention
 from rl_lvr.rollout.hf import HFRolloutEngine
 from rl_lvr.training import grpo_resuming, launch_grpo, resuming  # noqa: F401, the verb imports it late
@@ -110,6 +111,17 @@ def be(leg: Leg, rank: int) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     code = 70
     try:
+        code = lived(leg, rank)
+    except BaseException:  # noqa: BLE001, the process ends here
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def lived(leg: Leg, rank: int) -> int:
+    with group_ended():
         if leg.ranks > 1:
             os.environ |= {
                 "RANK": str(rank),
@@ -126,13 +138,7 @@ def be(leg: Leg, rank: int) -> None:
             lose(leg.lost, rank)
         if leg.place is not None and rank == leg.struck:
             arm(leg.place, leg.nth, leg.signal)
-        code = cli.main(leg.words)
-    except BaseException:  # noqa: BLE001, the process ends here
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        return cli.main(leg.words)
 
 
 def launch(leg: Leg) -> list[int]:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from rl_lvr.accelerated import group_ended
 from rl_lvr.errors import UserError
 from rl_lvr.ops.vocab_stats import head_weights, vocab_stats
 
@@ -89,8 +90,8 @@ def main(work: Path) -> None:
         out[f"{kind}.refused"] = torch.tensor(refused)
     save_file({name: tensor.contiguous() for name, tensor in out.items()}, work / f"rank{rank}.safetensors")
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    with group_ended():
+        main(Path(sys.argv[1]))

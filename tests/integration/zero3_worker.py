@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 from transformers.integrations import HfDeepSpeedConfig
 
+from rl_lvr.accelerated import group_ended
 from rl_lvr.latents.batch import LatentBatch
 from rl_lvr.latents.feedback import attach_feedback, feedback
 from rl_lvr.latents.format import get_format
@@ -61,8 +62,8 @@ def main(model_folder: Path, work: Path) -> None:
             out["gradient." + name] = gradient
     save_file({name: tensor.contiguous() for name, tensor in out.items()}, work / f"rank{rank}.safetensors")
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    with group_ended():
+        main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -267,3 +267,20 @@ def test_the_thread_inherits_what_torch_keeps_per_thread() -> None:
         call(reward)
     call(reward)
     assert seen == [False, True]
+
+
+@pytest.mark.parametrize("leaves", [SystemExit(0), GeneratorExit(), KeyboardInterrupt()])
+def test_an_async_reward_that_asks_to_exit_is_an_error(leaves: BaseException) -> None:
+    calls = []
+
+    async def reward(completions, **_):
+        calls.append(1)
+        if len(calls) == 1:
+            raise leaves
+        return [1.0] * len(completions)
+
+    guarded = guard(reward, "mine", timeout=10.0)
+    columns = {"completions": ROWS, "trainer_state": None}
+    with pytest.raises(RewardError, match=f"it asked to exit, {type(leaves).__name__}"):
+        asyncio.run(guarded(**columns))
+    assert asyncio.run(guarded(**columns)) == [1, 1, 1]  # its loop has survived

@@ -153,6 +153,48 @@ def test_a_module_that_fails_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyP
             load_rewards([reference])
 
 
+LEAVES = """
+import sys
+
+class Leaves(BaseException):
+    pass
+
+def how():
+    HOW
+
+if WHERE == "import":
+    how()
+
+class Reward:
+    def __init__(self):
+        if WHERE == "constructor":
+            how()
+    def __call__(self, completions, **_):
+        return [0.0 for _ in completions]
+
+def __getattr__(name):
+    how()
+"""
+
+
+@pytest.mark.parametrize("how", ["sys.exit(0)", "sys.exit()", "raise Leaves", "raise GeneratorExit"])
+@pytest.mark.parametrize("where", ["import", "constructor", "attribute"])
+def test_code_that_leaves_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, where: str) -> None:
+    name = f"leaves_{where}_{how[-3:-1].strip('()') or 'x'}_{len(how)}"
+    (tmp_path / f"{name}.py").write_text(LEAVES.replace("HOW", how).replace("WHERE", repr(where)))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    attribute = "other" if where == "attribute" else "Reward"
+    for reference in (f"{tmp_path}/{name}.py:{attribute}", f"{name}:{attribute}"):
+        with pytest.raises(UserError, match=r"reward '.*' asked to exit \("):
+            load_rewards([reference])
+
+
+def test_ctrl_c_at_import_stays_ctrl_c(tmp_path: Path) -> None:
+    (tmp_path / "interrupted.py").write_text("raise KeyboardInterrupt\n")
+    with pytest.raises(KeyboardInterrupt):
+        load_rewards([f"{tmp_path}/interrupted.py:f"])
+
+
 def test_a_list_is_a_list() -> None:
     with pytest.raises(UserError, match="rewards must be a list"):
         load_rewards("accuracy")

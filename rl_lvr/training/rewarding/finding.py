@@ -106,8 +106,10 @@ def _module_of_file(reference: str, path: Path, beside: Path | None) -> ModuleTy
     sys.modules[name] = module  # dataclasses look their module up
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # as above
+    except BaseException as error:
         del sys.modules[name]
+        if not isinstance(error, Exception):
+            raise  # `load_rewards` names the reward
         raise UserError(f"reward {reference!r}: {path} failed ({type(error).__name__}: {error}).") from error
     return module
 

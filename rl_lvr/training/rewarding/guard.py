@@ -230,7 +230,17 @@ class _Loop:
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
             threading.Thread(target=self._loop.run_forever, name=f"reward {self._name}", daemon=True).start()
-        return asyncio.run_coroutine_threadsafe(reward(**arguments), self._loop)
+        return asyncio.run_coroutine_threadsafe(_without_exit(reward, arguments), self._loop)
+
+
+async def _without_exit(reward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """asyncio would pass `sys.exit` on, which ends the loop and, where the result is asked for, the training."""
+    try:
+        return await reward(**arguments)
+    except (Exception, asyncio.CancelledError):
+        raise
+    except BaseException as error:
+        raise RuntimeError(f"it asked to exit, {error!r}") from error
 
 
 def _in_thread(name: str, reward: Callable[..., Any], arguments: dict[str, Any]) -> concurrent.futures.Future[Any]:
