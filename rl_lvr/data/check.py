@@ -202,7 +202,7 @@ class _Checker:
             checked.shown = "targets"
         self._note(checked, self._texts(record))
         self._note(checked, self._images(record, checked))
-        if self.judge is not None:
+        if self.judge is not None and not checked.findings:
             try:
                 self.judge(record)
             except RowError as error:

@@ -11,15 +11,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 
+from rl_lvr.data.image_tokens import ImageTokens
 from rl_lvr.data.records import LatentTarget, Record, Records
-from rl_lvr.data.schema import LATENT, Problem
+from rl_lvr.data.refusals import added_tokens, refuse_control, refused
+from rl_lvr.data.schema import LATENT
 from rl_lvr.data.sources import RowError
-from rl_lvr.errors import UserError
 from rl_lvr.latents.format import FormatIds, LatentFormat
-from rl_lvr.latents.spans import SpanStatus, find_spans, span_masks
+from rl_lvr.latents.spans import RowSpans, SpanStatus, find_spans, span_masks
+from rl_lvr.latents.text import ControlTokens
 from rl_lvr.models import Family
 from rl_lvr.models.oracle import WHOLE, crop, latent_groups
 
@@ -62,17 +65,13 @@ def span_length(record: Record, index: int, latent_format: LatentFormat) -> int:
     if latent_format.length == "free" and 1 < count <= k:
         return count
     if count and k % count:
-        raise _refused(
+        raise refused(
             record,
             f"latents[{index}]",
             f"a span of {k} latents cannot share {count} targets evenly",
             f"set latent_k to a multiple of {count}, or give one target per span",
         )
     return k
-
-
-def _refused(record: Record, where: str, what: str, cure: str) -> RowError:
-    return RowError(Problem(where, what, cure), f"record {record.id!r}")
 
 
 class Encoder:
@@ -95,8 +94,12 @@ class Encoder:
         self.family = family
         self.markers = markers
         self.crops = crops
-        placeholders = family.placeholder_ids(self.tokenizer).values()
-        self._placeholders = self.tokenizer.convert_ids_to_tokens(sorted(set(placeholders)))
+        self._placeholders = frozenset(family.placeholder_ids(self.tokenizer).values())
+        self.control = ControlTokens(self.tokenizer, markers, self._placeholders)
+        self._image_tokens = ImageTokens(processor)
+        self.positions = int(family.config.get_text_config().max_position_embeddings)
+        """What the model takes at most, prompt and completion together."""
+        self.tokenizer("", add_special_tokens=False)  # settles padding and truncation before several threads tokenize
 
     def encode(self, records: Sequence[Record]) -> list[Encoded]:
         """Several records at once: the image processor works on all their images in one call."""
@@ -112,35 +115,43 @@ class Encoder:
         """Prompt ids with image placeholders expanded, and image inputs: what an engine's request holds."""
         return self._process([self._texts(r)[0] for r in records], [r.open_images() for r in records])
 
-    def judge(self, record: Record, *, learned: bool) -> None:
-        """Refuse a record that a run could not use; one to be `learned` from needs an assistant's turn."""
+    def judge(self, record: Record, *, learned: bool, room: int = 0, limit: int | None = None) -> None:
+        """Refuse a record that a run could not use, by the model's own tokenizer, template and image processor.
+
+        One to be `learned` from needs an assistant's turn; one to be answered, `room` tokens for its completion, below
+        the `limit` of an engine that takes fewer positions than the model.
+        """
         if learned and record.is_prompt_only:
-            raise _refused(
+            raise refused(
                 record, "messages", "end with the user: there is no answer to learn from", "add the assistant's turn"
             )
         if self.markers is not None:
             for index in range(len(record.latents or ())):
                 span_length(record, index, self.markers.format)
-        self._refuse_placeholders(record)
+        prompt, completion = self._texts(record)
+        images = added_tokens(record, self._image_tokens, crops=self.crops)
+        begin, end = (self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, completion))
+        if self.markers is not None:
+            self._spans(record, np.asarray([*begin, *end]), self.markers)
+        length = len(begin) + images + (len(end) if learned else room)
+        limit = self.positions if limit is None else min(limit, self.positions)
+        if length > limit:
+            raise self._too_long(record, len(begin) + images, len(end) if learned else room, limit)
 
-    def _refuse_placeholders(self, record: Record) -> None:
-        """An image token in a text would be taken for an image that is not there."""
-        for index, message in enumerate(record.messages):
-            for part in message["content"]:
-                for token in self._placeholders:
-                    if token in part.get("text", ""):
-                        raise _refused(
-                            record,
-                            f"messages[{index}].content",
-                            f"holds the token {token!r}, which stands for an image",
-                            'write a part {"type": "image"} where an image belongs, and spell the token differently',
-                        )
+    @staticmethod
+    def _too_long(record: Record, prompt: int, completion: int, limit: int) -> RowError:
+        return refused(
+            record,
+            "messages",
+            f"take {prompt} tokens of prompt and {completion} of completion, and {limit} is the most in all",
+            "shorten the record, scale its images down, or allow fewer latents or completion tokens",
+        )
 
     # ---- text
 
     def _texts(self, record: Record) -> tuple[str, str]:
         """Prompt and completion as the chat template writes them, spans expanded."""
-        self._refuse_placeholders(record)
+        refuse_control(record, self.control, self._placeholders)
         spans = iter(self._span_texts(record))
         messages = [
             {
@@ -155,21 +166,29 @@ class Encoder:
         if self.family.text_only:
             messages = [{**m, "content": self._plain(record, m["content"])} for m in messages]
         count = len(record.prompt_messages)
-        prompt = self.processor.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=True)
-        if record.is_prompt_only:
-            return prompt, ""
-        whole = self.processor.apply_chat_template(messages, tokenize=False)
+        try:
+            prompt = self.processor.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=True)
+            if record.is_prompt_only:
+                return prompt, ""
+            whole = self.processor.apply_chat_template(messages, tokenize=False)
+        except TemplateError as error:
+            raise refused(
+                record, "messages", f"are refused by the chat template ({error})", "change them, or the template"
+            ) from error
         if not whole.startswith(prompt):
-            raise UserError(
-                f"record {record.id!r}: the chat template rewrites the prompt once an answer follows "
-                "(often because it drops earlier thinking); use a template whose prompt is a prefix of the whole."
+            raise refused(
+                record,
+                "messages",
+                "are written by a chat template that rewrites the prompt once an answer follows (often because it "
+                "drops earlier thinking)",
+                "use a template whose prompt is a prefix of the whole",
             )
         return prompt, whole[len(prompt) :]
 
     def _plain(self, record: Record, content: list[dict[str, Any]]) -> str:
         """A message's content for the templates of text-only models, which know strings only."""
         if any(part["type"] != "text" for part in content):
-            raise _refused(
+            raise refused(
                 record, "messages", f"show an image, and {self.family.name} takes none", "take a vision-language model"
             )
         return "".join(part["text"] for part in content)
@@ -202,6 +221,8 @@ class Encoder:
     def _one(self, record: Record, prompt: list[int], completion: str, images: dict[str, Tensor]) -> Encoded:
         answer = self.tokenizer(completion, add_special_tokens=False)["input_ids"] if completion else []
         ids = torch.tensor([*prompt, *answer])
+        if len(ids) > self.positions:
+            raise self._too_long(record, len(prompt), len(answer), self.positions)
         labels = ids.clone()
         labels[: len(prompt)] = IGNORED
         if self.markers is None:
@@ -210,16 +231,30 @@ class Encoder:
         targets, extra = self._targets(record, ids, images)
         return Encoded(ids, labels, images, len(prompt), targets, extra)
 
+    def _spans(self, record: Record, ids: np.ndarray, markers: FormatIds) -> RowSpans:
+        """The spans of a record, which are whole; with targets, each is one that the record wrote as `<latent>`."""
+        row = find_spans(ids, markers)
+        if row.stray or any(span.status is not SpanStatus.CLOSED for span in row.spans):
+            raise refused(
+                record,
+                "messages",
+                f"hold marker tokens of latent format {markers.format.name!r} that do not form whole spans",
+                f"write {LATENT} where a span belongs",
+            )
+        if record.latents and len(row.spans) != record.spans:
+            raise refused(
+                record,
+                "latents",
+                f"are for {record.spans} {LATENT}, and the text has {len(row.spans)} spans",
+                f"write each span as {LATENT}, with text between two of them if the format has no markers",
+            )
+        return row
+
     def _targets(
         self, record: Record, ids: Tensor, images: dict[str, Tensor]
     ) -> tuple[tuple[Target, ...], dict[str, Tensor] | None]:
         assert self.markers is not None
-        row = find_spans(ids.numpy(), self.markers)
-        if row.stray or any(span.status is not SpanStatus.CLOSED for span in row.spans):
-            raise UserError(
-                f"record {record.id!r}: marker tokens of latent format {self.markers.format.name!r} stand in its text "
-                f"and do not form whole spans; write {LATENT} where a span belongs."
-            )
+        row = self._spans(record, ids.numpy(), self.markers)
         targets = record.targets
         if not targets:
             return (), None

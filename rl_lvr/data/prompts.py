@@ -20,18 +20,28 @@ COLUMNS = ("prompt", "images", "id", "answer", "category")
 class PromptJudge:
     """Refuses records that cannot be answered or not be rewarded, and notes the names in `meta`."""
 
-    def __init__(self, encoder: Encoder, needed: Mapping[str, str], taken: Sequence[str]) -> None:
-        """`needed`: columns and the reward that each is needed for. `taken`: names that no column may have."""
-        self.encoder = encoder
+    def __init__(
+        self,
+        encoder: Encoder,
+        needed: Mapping[str, str],
+        taken: Sequence[str],
+        *,
+        room: int = 0,
+        limit: int | None = None,
+    ) -> None:
+        """`needed`: columns and the reward that each is needed for. `taken`: names that no column may have. `room` and
+        `limit` are those of `Encoder.judge`."""
+        self.encoder, self.room, self.limit = encoder, room, limit
         self.needed = needed
         self.taken = frozenset((*COLUMNS, *taken))
         self.meta: set[str] = set()
 
     def __call__(self, record: Record) -> None:
         # Targets are of no interest here, so they need not fit the format.
-        self.encoder.judge(replace(record, latents=None), learned=False)
+        self.encoder.judge(replace(record, latents=None), learned=False, room=self.room, limit=self.limit)
         for index, message in enumerate(record.prompt_messages):
-            if LATENT in content_text(message["content"]):
+            text = content_text(message["content"])
+            if LATENT in text or self.encoder.control.found(text) is not None:  # a span as literal markers
                 self._refuse(
                     record,
                     f"messages[{index}].content",

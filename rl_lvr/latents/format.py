@@ -111,6 +111,19 @@ class LatentFormat:
 
     # ---- bound to a tokenizer
 
+    @property
+    def span_tokens(self) -> int:
+        """Tokens of a full span of k latents, markers included."""
+        return (self.start is not None) + self.slots + (self.end is not None)
+
+    def require_room(self, positions: int) -> None:
+        """Refuse a k whose span no sequence of `positions` tokens can hold behind a prompt."""
+        if self.span_tokens >= positions:
+            raise UserError(
+                f"k is {self.k}: a span takes {self.span_tokens} tokens with its markers, and the model takes "
+                f"{positions} positions, prompt included. Set a smaller k (latent_k in a recipe, --k elsewhere)."
+            )
+
     def missing_tokens(self, tokenizer: Any) -> list[str]:
         """Marker tokens that the tokenizer does not hold as single tokens.
 

@@ -100,15 +100,17 @@ def box_oracle(features: Tensor, grid: TokenGrid, boxes: Sequence[Box], k: int) 
 
 def crop(image: Image.Image, box: Box) -> Image.Image:
     """The pixels under a box: every pixel that it touches."""
+    return image.crop(crop_edges(box, *image.size))
+
+
+def crop_edges(box: Box, width: int, height: int) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of the crop, in pixels."""
     x0, y0, x1, y1 = check_box(box)
-    width, height = image.size
-    return image.crop(
-        (
-            math.floor(x0 * width + ROUNDING),
-            math.floor(y0 * height + ROUNDING),
-            math.ceil(x1 * width - ROUNDING),
-            math.ceil(y1 * height - ROUNDING),
-        )
+    return (
+        math.floor(x0 * width + ROUNDING),
+        math.floor(y0 * height + ROUNDING),
+        math.ceil(x1 * width - ROUNDING),
+        math.ceil(y1 * height - ROUNDING),
     )
 
 

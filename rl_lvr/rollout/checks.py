@@ -52,6 +52,10 @@ def check_request(index: int | str, request: Request, markers: FormatIds, limits
     )
     need(request.k is None or request.k > 0, f"k is {request.k}; it must be above 0.")
     need(
+        request.k is None or request.k < limits.max_positions,
+        f"k is {request.k}, and the model takes {limits.max_positions} positions in all: choose a smaller k.",
+    )
+    need(
         not starts_with_own(request, markers) or len(ids) > 1,
         "the prompt is a start token alone: its latent comes from the token before it, so put one there.",
     )

@@ -59,6 +59,7 @@ class HFRolloutEngine:
         placeholders = family.placeholder_ids(self.tokenizer)
         self.markers = format.bind(self.tokenizer, placeholders)
         text = base.config.get_text_config()
+        format.require_room(text.max_position_embeddings)
         eos = _eos_ids(base, self.tokenizer)
         clash = sorted(set(eos) & set(self.markers.never_sampled))
         if clash:

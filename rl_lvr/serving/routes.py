@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import uuid
 from collections.abc import Awaitable, Callable
@@ -19,6 +20,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from rl_lvr.errors import UserError
+from rl_lvr.latents.text import ControlTokens
 from rl_lvr.rollout.server import protocol
 from rl_lvr.rollout.vllm import wire
 from rl_lvr.rollout.vllm.calls import Answer, check_seed
@@ -39,6 +41,7 @@ def attach(app: FastAPI, shared: Path | None) -> None:
     app.include_router(router)
     engine, state = app.state.engine_client, app.state
     # On the handler objects that vLLM made, because its routes look them up in the state and take no hook.
+    refuse_control_tokens(engine)
     completion, chat = state.openai_serving_completion, state.openai_serving_chat
     completion.create_completion = returning(engine, completion.create_completion)
     chat.create_chat_completion = returning(engine, chat.create_chat_completion)
@@ -156,6 +159,35 @@ def _parsed(kind: type[Parsed], body: Any) -> Parsed:
 
 
 # ---- vLLM's routes
+
+
+def refuse_control_tokens(engine: LatentAsyncLLM) -> None:
+    """No text of a chat acts as a control token, and no marker of the format comes back as text.
+
+    Every chat-like route renders its messages in one method of the renderer; a raw prompt of /v1/completions is the
+    caller's own.
+    """
+    markers, renderer = engine.settings.markers, engine.renderer
+    renderer.tokenizer.add_special_tokens(
+        {"additional_special_tokens": list(markers.format.tokens)}, replace_extra_special_tokens=False
+    )
+    # Its own copy: vLLM's threads use the other one meanwhile.
+    control = ControlTokens(copy.deepcopy(renderer.tokenizer), markers, markers.placeholders)
+    render = renderer.render_chat_async
+
+    @functools.wraps(render)
+    async def checked(conversations: Any, chat_params: Any, *args: Any, **more: Any) -> Any:
+        found = None
+        for messages in conversations:
+            found = found or control.in_messages(messages)
+        found = found or control.in_value(chat_params.chat_template_kwargs, "chat_template_kwargs")
+        if found is not None:
+            raise VLLMValidationError(
+                f"{found[0]} holds the control token {found[1]!r}, which would act as one: spell it differently."
+            )
+        return await render(conversations, chat_params, *args, **more)
+
+    renderer.render_chat_async = checked
 
 
 def returning(engine: LatentAsyncLLM, handler: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:

@@ -36,7 +36,7 @@ from rl_lvr.training.grpo_checks import CheckedGRPO, check_settings, dropout_of,
 from rl_lvr.training.grpo_columns import has_span, made_columns, read_completions, record, require_columns
 from rl_lvr.training.grpo_config import LatentGRPOConfig
 from rl_lvr.training.grpo_idle import Kept, drops_idle, level_rows
-from rl_lvr.training.grpo_inputs import processed_once
+from rl_lvr.training.grpo_inputs import WithoutEmptyImages, processed_once, with_image_lists
 from rl_lvr.training.grpo_pass import FedModel, own_latents
 from rl_lvr.training.grpo_turn import Turn, build_requests, request_seed
 from rl_lvr.training.latent_policy import LatentActions, Pricing, latent_loss
@@ -126,6 +126,7 @@ class LatentGRPOTrainer(CheckedGRPO):
         )
         self._weigh()
         self._turn: Turn | None = None
+        self._rows: list[dict[str, Any]] | None = None
         self._feed: LatentBatch | None = None
         self._kept: Kept | None = None
         self._fed: FedModel | None = None
@@ -300,14 +301,18 @@ class LatentGRPOTrainer(CheckedGRPO):
         """The parent's `output` has a closed set of keys; latents are added, for it to shuffle and split."""
         mode = self._mode
         self._weigh()
+        shown = with_image_lists(inputs)
         if self.markers is None:
-            output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+            kinds = {bool(row["images"]) for row in shown if "images" in row}
+            with processed_once(self, family_of(self.model), shown) if len(kinds) > 1 else nullcontext():
+                output = self._of_parent(inputs, shown if False in kinds else inputs)
             self._note_learning(mode)
             return output
         self._turn = turn = Turn()
+        self._refuse_control(shown)
         try:
-            with processed_once(self, self.family, inputs):
-                output = super()._generate_and_score_completions(inputs)
+            with processed_once(self, self.family, shown):
+                output = self._of_parent(inputs, shown)
         finally:
             self._turn = None
         assert turn.latents is not None
@@ -325,6 +330,15 @@ class LatentGRPOTrainer(CheckedGRPO):
         first = self.accelerator.process_index * len(inputs)
         output["advantages"] = output["advantages"].masked_fill(self._level[first : first + len(inputs)], 0.0)
         self._note_learning(mode)
+        return output
+
+    def _of_parent(self, rows: list[dict[str, Any]], shown: list[dict[str, Any]]) -> dict[str, Any]:
+        """The parent's output for `shown`; rewards get the columns of `rows`."""
+        self._rows = None if shown is rows else rows
+        try:
+            output: dict[str, Any] = super()._generate_and_score_completions(shown)
+        finally:
+            self._rows = None
         return output
 
     # ---- scoring passes
@@ -347,6 +361,8 @@ class LatentGRPOTrainer(CheckedGRPO):
         turn = self._turn
         markers = self.markers
         if markers is None:
+            if 0 in (others.get("num_images") or ()):
+                model = WithoutEmptyImages(model, others["num_images"])
             return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, batch_size, **others
             )
@@ -403,6 +419,7 @@ class LatentGRPOTrainer(CheckedGRPO):
         mode = self._mode
         size = self.num_generations if mode == "train" else self.num_generations_eval
         each = self.multi_objective_aggregation == "normalize_then_sum"
+        inputs = inputs if self._rows is None else self._rows  # with the columns that the data has
         if self.markers is None:
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
             self._level = level_rows(rewards, self.reward_weights, size, each=each)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from rl_lvr.errors import UserError
 from rl_lvr.latents.batch import LatentBatch
 from rl_lvr.latents.density import check_sigma
 from rl_lvr.latents.format import LatentFormat
+from rl_lvr.latents.text import ControlTokens
 from rl_lvr.rollout.replay import check_parity
 from rl_lvr.rollout.types import Sampling
 from rl_lvr.training.faults import agree
@@ -67,6 +69,28 @@ class CheckedGRPO(TimedGRPO):
                 "parity of engine and trainer says nothing about latents then.",
                 max(report.control_dh, report.control_dlogp),
             )
+
+    def _refuse_control(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """A control token in a conversation's text would act as one. A prompt that is one text is taken as it is."""
+        problem = None
+        for number, row in enumerate(rows):
+            messages = row["prompt"]
+            if isinstance(messages, str) or (number and messages is rows[number - 1]["prompt"]):
+                continue
+            found = self._control.in_messages(messages, "prompt")
+            if found is not None:
+                name = repr(row["id"]) if "id" in row else f"{number} of this generation batch"
+                problem = (
+                    f"the prompt of record {name}: {found[0]} holds the control token {found[1]!r}, which would act as "
+                    "one; spell it differently"
+                )
+                break
+        agree(self.accelerator, problem)
+
+    @cached_property
+    def _control(self) -> ControlTokens:
+        assert self.markers is not None
+        return ControlTokens(self._tokenizer, self.markers, self.markers.placeholders)
 
     @property
     def _tolerance(self) -> tuple[float, bool]:
@@ -132,6 +156,12 @@ def _undistorted(sampling: Sampling) -> bool:
 def check_settings(args: LatentGRPOConfig, latent_format: LatentFormat, hidden_size: int) -> None:
     """Refuse settings that only TRL's own generation would read, and those that a latent format rules out."""
     refuse_unused(args, WITH_LATENTS, "with a latent format")
+    answer, span = args.max_completion_length, latent_format.span_tokens
+    if latent_format.length == "fixed" and latent_format.feedback != "none" and answer is not None and answer < span:
+        raise UserError(
+            f"max_completion_length is {answer}, and a span of k {latent_format.k} takes {span} tokens with its "
+            "markers, so none could ever be whole: raise max_completion_length, or set a smaller latent_k."
+        )
     if not args.temperature > 0:
         raise UserError(f"temperature is {args.temperature}; it must be above 0, or nothing is explored.")
     sequences = args.vllm_importance_sampling_mode.startswith("sequence")

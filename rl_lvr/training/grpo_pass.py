@@ -19,6 +19,7 @@ from rl_lvr.models import family_of
 from rl_lvr.rollout.forward import ReplayBatch
 from rl_lvr.rollout.sampling import end_or_not
 from rl_lvr.signals import Column, SignalSpec, measure
+from rl_lvr.training.grpo_inputs import without_empty_images
 from rl_lvr.training.unroll import unrolled
 
 _OUT = -1e4
@@ -83,6 +84,8 @@ class FedModel:
         rows = range(self._next, self._next + len(input_ids))
         self._next = rows.stop
         latents = self._latents.select(list(rows))
+        if self._images_per_row:
+            inputs = without_empty_images(self._family, inputs, self._images_per_row, rows)
         if "batch_num_images" in self._family.image_keys and self._images_per_row and "pixel_values" in inputs:
             # LLaVA-OneVision treats rows of several images differently; TRL drops what tells them apart.
             counts = [self._images_per_row[row] for row in rows if self._images_per_row[row]]

@@ -72,7 +72,9 @@ def _checked(config: SFTRecipe, encoder: Encoder) -> dict[str, Report]:
     learned = {config.train_file: True}
     if config.eval_file:
         learned[config.eval_file] = learned.get(config.eval_file, False) or config.eval_strategy != "no"
-    judges = {file: partial(encoder.judge, learned=yes) for file, yes in learned.items()}
+    judges = {
+        file: partial(encoder.judge, learned=yes, room=config.latent_eval_max_tokens) for file, yes in learned.items()
+    }
     return check_files(config, judges, [file for file, yes in learned.items() if yes])
 
 

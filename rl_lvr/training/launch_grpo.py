@@ -51,7 +51,7 @@ def train_grpo(config: GRPORecipe, model_config: ModelConfig, given: dict[str, A
         torch.set_num_threads(config.threads)
     encoder = make_encoder(start, config)
     _check_plan(config, specs, start.latent_format, encoder)
-    judge = _judge(encoder, specs)
+    judge = _judge(encoder, specs, config)
     _check_files(config, encoder, judge)
     set_seed(config.seed)  # new tokens and projectors are drawn here, before TRL sets the seed
     model = load_start(start, config, model_config, encoder)
@@ -108,15 +108,19 @@ def _check_plan(config: GRPORecipe, specs: list[RewardSpec], chosen: LatentForma
         raise UserError("latent_format is none, and TRL generates by itself then: leave engine and its options out.")
 
 
-def _judge(encoder: Encoder, specs: list[RewardSpec]) -> PromptJudge:
+def _judge(encoder: Encoder, specs: list[RewardSpec], config: GRPORecipe) -> PromptJudge:
     needed = {column: spec.name for spec in specs for column in spec.needs}
     made = {entry.name for entry in parse_signals(signals_of(specs))}
-    return PromptJudge(encoder, needed, [*made, *MADE_BY_TRAINER, *FROM_TRAINER])
+    options = cast("dict[str, Any]", config.engine_options or {})
+    limit = options.get("max_model_len", config.vllm_max_model_length) if config.engine == "vllm" else None
+    taken = [*made, *MADE_BY_TRAINER, *FROM_TRAINER]
+    return PromptJudge(encoder, needed, taken, room=config.max_completion_length or 0, limit=limit)
 
 
 def _check_files(config: GRPORecipe, encoder: Encoder, judge: PromptJudge) -> None:
     judges: dict[str, Judge] = {config.train_file: judge}
     answered = config.eval_strategy != "no"
+    asked = partial(encoder.judge, learned=False, room=config.latent_eval_max_tokens)
     if config.eval_file and config.eval_file not in judges:
-        judges[config.eval_file] = judge if answered else partial(encoder.judge, learned=False)
+        judges[config.eval_file] = judge if answered else asked
     check_files(config, judges, [config.train_file, *([config.eval_file] if config.eval_file and answered else [])])

@@ -88,6 +88,7 @@ def make_encoder(start: Start, config: Any) -> Encoder:
         tokenizer = getattr(processor, "tokenizer", processor)
         if config.add_marker_tokens:
             start.latent_format.add_tokens(tokenizer)
+        start.latent_format.require_room(int(family.config.get_text_config().max_position_embeddings))
         markers = start.latent_format.bind(tokenizer, family.placeholder_ids(tokenizer))
     return Encoder(processor, family, markers, crops=config.oracle == "crop")
 

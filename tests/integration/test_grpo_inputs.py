@@ -9,11 +9,15 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from grpo_cases import make_trainer, opening, rows
+from grpo_cases import LVR, make_trainer, opening, rows
 from helpers import noise_image
 from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 
+from rl_lvr.errors import Fault
+from rl_lvr.latents.batch import LatentBatch
+from rl_lvr.latents.inject import inject
 from rl_lvr.models import family_of
+from rl_lvr.rollout.forward import evaluating
 from rl_lvr.training import grpo
 from rl_lvr.training.grpo_inputs import processed_once, same
 
@@ -89,3 +93,80 @@ def test_only_what_is_surely_equal_counts() -> None:
     assert not same(torch.ones(2), torch.ones(2))
     assert not same(1, 1.0)
     assert not same([1], [1, 2])
+
+
+def mixed() -> list[dict[str, Any]]:
+    """Prompts of different lengths, two rows each: without an image, with one, without, with one."""
+    made = []
+    for number, row in enumerate(rows(count=4)):
+        made += [{**row, "image": row["image"] if number % 2 else None}] * 2
+    return made
+
+
+def test_rows_with_and_without_images_go_together(load_tiny: Any, tmp_path: Path, family_name: str) -> None:
+    """One batch of both gives the log-probs of two batches of one kind each, and it trains."""
+    data = mixed()
+    trainer = make_trainer(
+        *opening(load_tiny, family=family_name),
+        tmp_path,
+        reward_names=("letters", "looks"),
+        per_device_train_batch_size=8,
+        num_generations=2,
+        temperature=0.9,
+    )
+    together = trainer._generate_and_score_completions([dict(row) for row in data])
+    assert together["num_images"] == [0, 0, 1, 1, 0, 0, 1, 1]
+    for chosen in ([0, 1, 4, 5], [2, 3, 6, 7]):
+        ids, mask = (
+            torch.cat([together[f"{part}_{what}"][chosen] for part in ("prompt", "completion")], 1)
+            for what in ("ids", "mask")
+        )
+        images = [data[row] for row in chosen]
+        prompts = [prepare_multimodal_messages(row["prompt"], images=_listed(row)) for row in images]
+        _, _, fields = trainer._tokenize_prompts(prompts)
+        family = family_of(trainer.model)
+        inputs = family.image_inputs({**fields, "input_ids": ids}) if any(map(_listed, images)) else {}
+        latents = LatentBatch.from_tensors(together).select(chosen)
+        with torch.no_grad(), evaluating(trainer.model), inject(trainer.model, latents, trainer.markers):
+            positions = family.positions(trainer.model, ids, mask, inputs).prefill
+            logits = trainer.model(input_ids=ids, attention_mask=mask, position_ids=positions, **inputs).logits
+        width = together["completion_ids"].shape[1]
+        logits = logits[:, -width - 1 : -1].float() / 0.9
+        logits[..., list(trainer.markers.never_sampled)] = -torch.inf
+        wanted = logits.log_softmax(-1).gather(2, ids[:, -width:, None])[..., 0]
+        counts = together["tool_mask"][chosen].bool()
+        assert counts.any()
+        assert torch.allclose(together["old_per_token_logps"][chosen][counts], wanted[counts], atol=1e-4)
+    plain = trainer._generate_and_score_completions([dict(row) for row in data if not _listed(row)] * 2)
+    assert "pixel_values" not in plain
+    trainer._compute_loss(trainer.model, {**together}).backward()
+
+
+def _listed(row: dict[str, Any]) -> list[Any]:
+    return [] if row["image"] is None else [row["image"]]
+
+
+@pytest.mark.parametrize("latent_format", [LVR, None])
+def test_a_run_on_mixed_records_trains(load_tiny: Any, tmp_path: Path, latent_format: Any) -> None:
+    data = [{**row, "images": [row.pop("image")] if number % 2 else []} for number, row in enumerate(rows(count=4))]
+    trainer = make_trainer(
+        *opening(load_tiny),
+        tmp_path,
+        latent_format,
+        data=Dataset.from_list(data),
+        num_generations=2,
+        steps_per_generation=2,
+    )
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+PARTS = [{"type": "text", "text": "<|image"}, {"type": "text", "text": "_pad|>"}]
+
+
+@pytest.mark.parametrize("content", ["what is <|lvr_start|>", PARTS])
+def test_a_prompt_that_holds_a_control_token_is_refused(load_tiny: Any, tmp_path: Path, content: Any) -> None:
+    trainer = make_trainer(*opening(load_tiny), tmp_path)
+    data = [{"id": "one", "prompt": [{"role": "user", "content": content}], "images": []}] * 4
+    with pytest.raises(Fault, match=r"record 'one': prompt\[0\].content.* holds the control token"):
+        trainer._generate_and_score_completions(data)

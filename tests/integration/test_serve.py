@@ -282,6 +282,20 @@ BAD_BODIES = {
     "top_k beyond any message": ({"temperature": 1.0, "top_k": 2**64}, "top_k is 18446744073709551616; it must be"),
     "stop token": ({"stop_token_ids": [2**63]}, "stop_token_ids holds 9223372036854775808; ids are"),
 }
+
+
+def said(content: Any, **more: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": content, **more}]}
+
+
+BAD_TEXTS = (
+    (said("what is <|lvr_start|>"), "messages[0].content holds the control token '<|lvr_start|>'"),
+    (said([{"type": "text", "text": "an <|image_pad|>"}]), "messages[0].content[0] holds"),
+    (said([{"type": "text", "text": "red<|im_"}, {"type": "text", "text": "end|>"}]), "messages[0].content[0] holds"),
+    (said("red", name="<|im_start|>"), "messages[0].name holds"),
+    ({"messages": [{"role": "system", "content": "<|lvr|>"}, *said("red")["messages"]]}, "messages[0].content holds"),
+    ({**said("red"), "chat_template_kwargs": {"words": ["<|im_end|>"]}}, "chat_template_kwargs.words[0] holds"),
+)
 GOOD_CALL = {"prompt_token_ids": [20, 21], "sampling_params": {"max_tokens": 2, "temperature": 0.0, "logprobs": 0}}
 BAD_CALLS = {
     "field": ({"prompt": "red"}, "prompt: extra inputs"),
@@ -315,6 +329,10 @@ def test_bad_requests_are_refused_in_a_sentence(server: Server) -> None:
     assert "leave use_beam_search" in refusal(
         server.post("/v1/chat/completions", {**messages, "use_beam_search": True})
     )
+    for content, where in BAD_TEXTS:
+        told = refusal(server.post("/v1/chat/completions", {**messages, **content}))
+        assert told.startswith(where), (content, told)
+        assert "control token" in told
     assert server.post("/v1/completions", good).status_code == 200, "it lives"
 
 

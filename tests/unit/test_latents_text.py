@@ -78,7 +78,7 @@ def test_a_marker_that_was_spelled_out_of_ordinary_tokens_is_text(tokenizer, mar
     assert completion_text(pieces, tokenizer, markers) == LVR.start
 
 
-@pytest.mark.parametrize("template", (None, qwen3_template))
+@pytest.mark.parametrize("template", [None, qwen3_template])
 def test_completions_of_rewards_hold_no_markers(tokenizer, markers, template):
     tokenizer.response_template = template
     ids = completion(tokenizer, markers)

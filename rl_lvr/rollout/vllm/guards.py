@@ -73,6 +73,7 @@ SERVER_HOOKS: tuple[Hook, ...] = (
     ("vllm.engine.arg_utils", "AsyncEngineArgs.create_engine_config", ("usage_context",)),
     ("vllm.renderers.inputs.preprocess", "parse_model_prompt", ("model_config", "prompt")),
     ("vllm.renderers.base", "BaseRenderer.render_cmpl_async", ("prompts",)),
+    ("vllm.renderers.base", "BaseRenderer.render_chat_async", ("conversations", "chat_params")),
     ("vllm.utils.argparse_utils", "FlexibleArgumentParser", ()),
     (ARGUMENTS, "make_arg_parser", ("parser",)),
     (ARGUMENTS, "validate_parsed_serve_args", ("args",)),

@@ -108,6 +108,7 @@ def bind(
     if max_latents < 1:
         raise UserError(f"max_latents is {max_latents}; it must be at least 1.")
     text = config.get_text_config()
+    format_.require_room(min(max_positions, int(text.max_position_embeddings)))
     family = family_class(config.model_type)(config)
     placeholders = family.placeholder_ids(tokenizer)
     markers = format_.bind(tokenizer, placeholders)
