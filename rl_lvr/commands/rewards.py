@@ -28,6 +28,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     test.add_argument("name", metavar="NAME", help="a listed name, package.module:function or path/file.py:function")
     test.add_argument("--data", required=True, metavar="PATH", help="a run's folder, or a .jsonl file of rollouts")
     test.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="an option; may be repeated")
+    test.add_argument(
+        "--text",
+        action="store_true",
+        help="hand over text of lines written by hand as text, as TRL does for prompts that are text; else as messages",
+    )
     test.add_argument("--step", type=int, metavar="N", help="only the rollouts of this step")
     test.add_argument("--limit", type=int, metavar="N", help="only the first N rollouts")
     test.add_argument("--on-error", choices=("stop", "exclude"), default="stop", help="on a faulty sample (stop)")
@@ -93,8 +98,10 @@ def _test(args: argparse.Namespace) -> int:
     import asyncio
     import inspect
     import time
+    from itertools import groupby
 
     from rl_lvr.rollout.record import read_rollouts, reward_columns
+    from rl_lvr.training.rewarding.state import SharedReward, state_of
     from rl_lvr.training.rewards import load_rewards
 
     if args.limit is not None and args.limit < 1:
@@ -112,16 +119,22 @@ def _test(args: argparse.Namespace) -> int:
     if not chosen:
         raise UserError(f"{args.data} holds no rollouts.")
     metrics: dict[str, float] = {}
-    columns = {
-        **reward_columns(chosen),
-        "trainer_state": None,
-        "log_extra": lambda column, values: None,
-        "log_metric": metrics.__setitem__,
-    }
+    excluded = f"rewards/{spec.name}/excluded"
+
+    def log_metric(name: str, value: float) -> None:
+        metrics[name] = value + (metrics.get(name, 0.0) if name == excluded else 0.0)
+
+    given = {"trainer_state": None, "log_extra": lambda column, values: None, "log_metric": log_metric}
+    state = state_of(spec.function)
+    # A reward that remembers is called as in training: step by step.
+    parts = [chosen] if state is None else [list(part) for _, part in groupby(chosen, lambda rollout: rollout.step)]
+    scores: list[float | None] = []
     began = time.perf_counter()
-    scores = spec.function(**columns)
-    if inspect.isawaitable(scores):
-        scores = asyncio.run(_await(scores))
+    for part in parts:
+        found = spec.function(**reward_columns(part, conversational=not args.text), **given)
+        scores += asyncio.run(_await(found)) if inspect.isawaitable(found) else found
+        if isinstance(state, SharedReward):
+            state.merge([state.pending()])
     _report(args, spec, chosen, scores, metrics, time.perf_counter() - began)
     return 0
 

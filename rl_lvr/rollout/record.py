@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+from rl_lvr.answers import text_of
 from rl_lvr.errors import UserError, near_miss
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ class RecordedRollout:
     prompt: str | list[dict[str, Any]]
     """As rewards see it: text, or messages."""
     completion: str | list[dict[str, Any]]
+    """Likewise."""
+    text: str | None = None
+    """The completion's plain text, where `completion` holds another."""
     marked: str | None = None
     """The completion's text with its spans marked, for people."""
     step: int = 0
@@ -63,7 +67,7 @@ class RecordedRollout:
 
 _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("prompt", "completion"), (str, list)),
-    **dict.fromkeys(("marked", "stop_reason", "answer", "category"), (str, type(None))),
+    **dict.fromkeys(("text", "marked", "stop_reason", "answer", "category"), (str, type(None))),
     **dict.fromkeys(("step", "rank", "index"), (int,)),
     **dict.fromkeys(("group", "seed"), (int, type(None))),
     **dict.fromkeys(("prompt_ids", "completion_ids", "spans"), (list, type(None))),
@@ -310,14 +314,23 @@ def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
     return entry
 
 
-def reward_columns(rollouts: Sequence[RecordedRollout]) -> dict[str, Any]:
+def reward_columns(rollouts: Sequence[RecordedRollout], *, conversational: bool = False) -> dict[str, Any]:
     """What TRL would call a reward with: a list per column. A column that a rollout lacks holds None there.
 
-    Columns that all lack are not there. Signals and own columns stand beside the rest under their names.
+    Columns that all lack are not there. Signals and own columns stand beside the rest under their names. Prompts and
+    completions have the shape that they were recorded in. `conversational` makes messages of the text of a line that
+    was written by hand, as `rl-lvr grpo` hands them over; such a line has no `prompt_ids`.
     """
+
+    def shaped(said: Any, role: str, by_hand: bool) -> Any:
+        as_message = conversational and by_hand and isinstance(said, str)
+        return [{"role": role, "content": said}] if as_message else said
+
+    by_hand = [r.prompt_ids is None for r in rollouts]
     columns: dict[str, Any] = {
-        "prompts": [r.prompt for r in rollouts],
-        "completions": [r.completion for r in rollouts],
+        "prompts": [shaped(r.prompt, "user", hand) for r, hand in zip(rollouts, by_hand, strict=True)],
+        "completions": [shaped(r.completion, "assistant", hand) for r, hand in zip(rollouts, by_hand, strict=True)],
+        "texts": [text_of(r.completion) if r.text is None else r.text for r in rollouts],
     }
     for name in ("completion_ids", "spans", "group", "stop_reason", "answer", "category", "images"):
         values = [getattr(r, name) for r in rollouts]

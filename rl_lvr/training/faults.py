@@ -22,6 +22,7 @@ from rl_lvr.errors import Fault, UserError
 from rl_lvr.latents.format import FormatIds
 from rl_lvr.latents.spans import SpanStatus, find_spans
 from rl_lvr.rollout.types import Rollout, StopReason
+from rl_lvr.training.rewarding.isolating import isolated
 
 RULES = {"without_latents": "keep", "unclosed": "exclude", "empty": "exclude", "truncated": "keep"}
 """What is done with a rollout of each kind, unless `on_rollout` says otherwise.
@@ -170,7 +171,9 @@ def agreed(
 
 
 def watched(reward: Callable[..., Any], errors: list[Exception]) -> Callable[..., Any]:
-    """A reward whose exceptions wait in `errors` until all processes can hear of them."""
+    """A reward whose exceptions wait in `errors` until all processes can hear of them. What it is given is its own: one
+    that a guard has wrapped gets that from there."""
+    own = dict if hasattr(reward, "guarded_reward") else isolated
 
     def failed(error: Exception, columns: dict[str, Any]) -> list[None]:
         errors.append(error)
@@ -180,7 +183,7 @@ def watched(reward: Callable[..., Any], errors: list[Exception]) -> Callable[...
 
         async def call_async(**columns: Any) -> Any:
             try:
-                return await reward(**columns)
+                return await reward(**own(columns))
             except Exception as error:  # noqa: BLE001, raised again by the trainer
                 return failed(error, columns)
 
@@ -188,7 +191,7 @@ def watched(reward: Callable[..., Any], errors: list[Exception]) -> Callable[...
 
     def call(**columns: Any) -> Any:
         try:
-            return reward(**columns)
+            return reward(**own(columns))
         except Exception as error:  # noqa: BLE001, raised again by the trainer
             return failed(error, columns)
 

@@ -423,7 +423,7 @@ class LatentGRPOTrainer(CheckedGRPO):
         if self.markers is None:
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
             self._level = level_rows(rewards, self.reward_weights, size, each=each)
-            return self._without_errors(rewards)
+            return rewards
         turn = self._turn
         assert turn is not None
         first = self.accelerator.process_index * len(prompts)
@@ -437,7 +437,7 @@ class LatentGRPOTrainer(CheckedGRPO):
             raise UserError(f"the data has a column {clash[0]!r}, which the trainer makes itself: rename it.")
         rows = [{**row, **{name: values[i] for name, values in columns.items()}} for i, row in enumerate(inputs)]
         with self._phase("reward"):
-            rewards = self._without_errors(super()._calculate_rewards(rows, prompts, completions, completion_ids_list))
+            rewards = super()._calculate_rewards(rows, prompts, completions, completion_ids_list)
         if self.log_completions:
             self._log_completion_extra("latents", [len(rollout.latent_positions) for rollout in turn.rollouts])
             for name, column in turn.columns.items():

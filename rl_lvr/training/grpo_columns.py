@@ -10,6 +10,7 @@ from typing import Any
 from PIL.Image import Image
 from trl.chat_template_utils import parse_response
 
+from rl_lvr.answers import text_of
 from rl_lvr.data.images import SOURCE
 from rl_lvr.errors import UserError
 from rl_lvr.latents.format import FormatIds
@@ -75,6 +76,11 @@ def read_completions(
     return found
 
 
+def texts_of(completion_ids: Sequence[Sequence[int]], tokenizer: Any, markers: FormatIds | None) -> list[str]:
+    """The column `texts`: each completion's plain text, without latent spans and special tokens."""
+    return [completion_text(ids, tokenizer, markers) for ids in completion_ids]
+
+
 def has_span(rollout: Rollout, markers: FormatIds) -> bool:
     """Whether the completion holds a span, closed or not."""
     return any(fact["status"] != "stray" for fact in span_facts(rollout, markers))
@@ -99,6 +105,7 @@ def record(
             markers,
             prompt=_without_images(said[row][0]),
             completion=said[row][1],
+            text=_unless_said(said[row][1], completion_text(rollout.completion_ids, tokenizer, markers)),
             group=groups[row],
             answer=_text(inputs[row].get("answer")),
             category=_text(inputs[row].get("category")),
@@ -127,6 +134,11 @@ def _without_images(prompt: Any) -> Any:
         }
         for message in prompt
     ]
+
+
+def _unless_said(completion: Any, text: str) -> str | None:
+    """The text, if a completion as rewards see it does not say it already."""
+    return None if text_of(completion) == text else text
 
 
 def _text(value: Any) -> str | None:

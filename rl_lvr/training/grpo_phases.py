@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from rl_lvr.training.flops import BACKWARD, forward_flops, peak_flops
-from rl_lvr.training.grpo_guard import GuardedGRPO
+from rl_lvr.training.grpo_rewards import RewardedGRPO
 
 PHASES = ("generate", "score", "reward", "loss", "optimizer")
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
@@ -85,7 +85,7 @@ def _high_water() -> int:
     return int(line.split()[1]) * 1024
 
 
-class TimedGRPO(GuardedGRPO):
+class TimedGRPO(RewardedGRPO):
     """The parts of `LatentGRPOTrainer` that measure its phases. Figures are those of the first process."""
 
     def __init__(self, **more: Any) -> None:

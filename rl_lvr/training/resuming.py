@@ -53,6 +53,8 @@ class Moment:
     """Of the trainer's state, which counts while a step is being made."""
     buffer: Any = None
     """Of a trainer's own; replaced, never changed in place."""
+    rewards: str | None = None
+    """States of rewards, as JSON; a checkpoint holds them in a file of its own."""
     random: dict[str, Any] = field(default_factory=lambda: _random_states())
 
 
@@ -177,7 +179,7 @@ class Resumable(Trainer):
                 print(f"{checkpoint} {what}: the run goes on, but not as it would have there", file=sys.stderr)
             return
         counters = json.loads(path.read_text(encoding="utf-8"))
-        self._take(Moment(counters, self.state.num_input_tokens_seen, self._load_buffer(checkpoint), {}))
+        self._take(Moment(counters, self.state.num_input_tokens_seen, self._load_buffer(checkpoint), random={}))
 
     def _load_buffer(self, checkpoint: Path) -> Any:
         return None

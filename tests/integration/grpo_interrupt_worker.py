@@ -26,7 +26,7 @@ from rl_lvr import cli
 from rl_lvr.accelerated import group_ended
 from rl_lvr.latents.interventions import Intervention
 from rl_lvr.rollout.hf import HFRolloutEngine
-from rl_lvr.training import grpo_resuming, launch_grpo, resuming  # noqa: F401, the verb imports it late
+from rl_lvr.training import grpo_resuming, grpo_rewards, launch_grpo, resuming  # noqa: F401, the verb imports it late
 from rl_lvr.training.rewarding import guard
 
 GRACE = 20.0
@@ -67,6 +67,8 @@ def lose(what: str, rank: int) -> None:
         grpo_resuming.ResumableGRPO._load_buffer = lambda self, checkpoint: None
     elif what == "reference":
         grpo_resuming.ResumableGRPO._load_reference = lambda self, path: None
+    elif what == "rewards":
+        grpo_rewards.unpack = lambda text, states: []
     elif what in ("latents", "spans"):
         if rank == 1:
             HFRolloutEngine.generate = other_rollouts(HFRolloutEngine.generate, what)

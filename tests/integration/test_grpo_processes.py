@@ -23,7 +23,33 @@ REWARD = '''
 def letters(completions, id, **_):
     """Any number that depends on the text and on nothing else."""
     return [float(sum(map(ord, str(text))) % 7) for text in completions]
+
+
+class Remembers:
+    """A number that also depends on how often a question was answered before, in whichever process."""
+
+    def __init__(self):
+        self.answered, self.found = {}, []
+
+    def __call__(self, texts, id, **_):
+        self.found += id
+        return [float((sum(map(ord, text)) + self.answered.get(one, 0)) % 5) for text, one in zip(texts, id)]
+
+    def state_dict(self):
+        return self.answered
+
+    def load_state_dict(self, state):
+        self.answered = dict(state)
+
+    def pending(self):
+        found, self.found = self.found, []
+        return found
+
+    def merge(self, parts):
+        for one in (one for part in parts for one in part):
+            self.answered[one] = self.answered.get(one, 0) + 1
 '''
+REMEMBERED = "rewards/Remembers/mean"
 POLICIES: dict[str, dict[str, Any]] = {
     "unrolled": {"latent_policy": "unrolled"},
     "gaussian": {"latent_policy": "gaussian", "latent_sigma": 0.1},
@@ -84,7 +110,7 @@ def offloaded(runs: Path, opener: Path, place: Path) -> Path:
 
 def both(work: Path) -> dict[str, Any]:
     """Settings of all runs. Without a gradient in the policy pass of `context`: the projector."""
-    rewards = [f"{work / 'reward.py'}:letters", "attention"]
+    rewards = [f"{work / 'reward.py'}:letters", "attention", f"{work / 'reward.py'}:Remembers"]
     return {"rewards": rewards, "max_steps": STEPS, "learning_rate": 3e-4, "latent_projector": "mlp"}
 
 
@@ -103,7 +129,7 @@ def test_offloading_learns_as_one(offloaded: Path) -> None:
 
 
 def as_one(runs: Path, name: str) -> None:
-    for figure in ("loss", "reward", SIGNAL, "latent/rate"):
+    for figure in ("loss", "reward", REMEMBERED, SIGNAL, "latent/rate"):
         assert len(curve(runs / name, figure)) == STEPS
         assert curve(runs / name, figure) == pytest.approx(curve(runs / "one", figure), abs=1e-4, nan_ok=True), figure
     assert any(value > 0 for value in curve(runs / name, SIGNAL))

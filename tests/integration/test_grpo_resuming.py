@@ -38,6 +38,29 @@ calls = 0
 def letters(completions, **_):
     return [float(sum(map(ord, str(c))) % 7) for c in completions]
 
+class Remembers:
+    # As `letters`, and how often the question was answered before.
+    def __init__(self):
+        self.answered, self.found = {}, []
+
+    def __call__(self, completions, id, **_):
+        self.found += id
+        return [(v + self.answered.get(one, 0) * (v + 1)) % 7 for v, one in zip(letters(completions), id)]
+
+    def state_dict(self):
+        return self.answered
+
+    def load_state_dict(self, state):
+        self.answered = dict(state)
+
+    def pending(self):
+        found, self.found = self.found, []
+        return found
+
+    def merge(self, parts):
+        for one in (one for part in parts for one in part):
+            self.answered[one] = self.answered.get(one, 0) + 1
+
 def needed(completions, necessity_completions, **_):
     return [value + (text is not None) for value, text in zip(letters(completions), necessity_completions)]
 
@@ -117,7 +140,7 @@ def grpo(work: Path) -> Iterator[Run]:
         given = SETTINGS | {
             "model_name_or_path": work / "model",
             "train_file": work / "data" / "train.parquet",
-            "rewards": f"{work / 'reward.py'}:letters",
+            "rewards": f"{work / 'reward.py'}:Remembers",
             "output_dir": out,
         }
         words = ["grpo"]
@@ -204,7 +227,7 @@ def resumed_from(whole: Path, out: Path, step: int) -> None:
     shutil.copy(whole / "run.json", out)
 
 
-@pytest.mark.parametrize("lost", [None, "random", "order", "buffer", "reference"])
+@pytest.mark.parametrize("lost", [None, "random", "order", "buffer", "reference", "rewards"])
 def test_every_piece_of_the_state_is_needed(grpo: Run, whole: Path, tmp_path: Path, lost: str | None) -> None:
     """Control: the same resumption without one piece of what the checkpoint holds. Step 9 is in the second epoch."""
     out = tmp_path / "run"

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lab_tools import grpo, logged
 
 from rl_lvr.cli import main
+from rl_lvr.rollout.record import read_rollouts, reward_columns
 from rl_lvr.training.rewards import KEYS, load_rewards, signals_of, weights_at
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
@@ -55,6 +57,19 @@ def test_the_recipes_on_the_page_load(example: Path) -> None:
     assert judge[0].name == "judge"
     columns = {"completions": ["red", "x" * 30 + "red"], "answer": ["red", "red"]}
     assert first[1].function(**columns) == [1, 0]
+
+
+def test_the_file_of_the_page_trains(example: Path, opener: Path, place: Path) -> None:
+    """Word for word, through the command line, and with text that is there to be found."""
+    named = ["my_rewards.py:short", "my_rewards.py:looks"]
+    settings = {"per_device_train_batch_size": 16, "max_steps": 1}
+    assert grpo(opener, place / "data", example / "run", rewards=named, **settings) == 0
+    (row,) = logged(example / "run")
+    assert row["rewards/short/mean"] > 0
+    assert row["rewards/looks/mean"] > 0
+    assert row["reward"] > 0
+    texts = reward_columns(list(read_rollouts(example / "run")))["texts"]
+    assert all(isinstance(text, str) and "<|" not in text for text in texts)
 
 
 def test_the_page_names_every_reward_and_every_key(capsys: pytest.CaptureFixture[str]) -> None:

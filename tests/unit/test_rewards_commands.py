@@ -16,13 +16,38 @@ from rl_lvr.cli import main
 from rl_lvr.rollout.record import RecordedRollout, RolloutLog
 
 REWARD = """
-async def shorter(completions, spans, log_metric, *, limit=6):
+async def shorter(texts, spans, log_metric, *, limit=6):
     '''1 for a short one.'''
-    log_metric("mean_length", sum(map(len, completions)) / len(completions))
-    return [None if not s else float(len(c) <= limit) for c, s in zip(completions, spans)]
+    log_metric("mean_length", sum(map(len, texts)) / len(texts))
+    return [None if not s else float(len(c) <= limit) for c, s in zip(texts, spans)]
 
-def fails(completions):
-    return [1.0 / (c != "six") for c in completions]
+def fails(texts):
+    return [1.0 / (c != "six") for c in texts]
+
+def shapes(prompts, completions, texts, log_metric, **_):
+    log_metric("messages", sum(isinstance(c, list) for c in (*prompts, *completions)))
+    return [float(text == "six") for text in texts]
+
+class Remembers:
+    '''How many steps it has seen.'''
+
+    def __init__(self):
+        self.steps = 0
+
+    def __call__(self, completions, **_):
+        return [float(self.steps)] * len(completions)
+
+    def state_dict(self):
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state):
+        self.steps = state["steps"]
+
+    def pending(self):
+        return 1
+
+    def merge(self, parts):
+        self.steps += sum(parts)
 """
 
 
@@ -56,6 +81,20 @@ def run(tmp_path: Path) -> Path:
         )
     (tmp_path / "mine.py").write_text(REWARD)
     return tmp_path / "run"
+
+
+def test_a_line_by_hand_has_the_shape_that_a_recipe_gives(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["rewards", "test", f"{run.parent}/mine.py:shapes", "--data", str(run)]
+    assert main(words) == main([*words, "--text"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("shapes: mean 0.5000 of 4 scored") == 2
+    assert "messages: 8\n" in said
+    assert "messages: 0\n" in said
+
+
+def test_a_reward_that_remembers_is_called_step_by_step(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rewards", "test", f"{run.parent}/mine.py:Remembers", "--data", str(run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["scores"] == [0, 0, 1, 1]
 
 
 def test_list_names_every_reward_and_needs_no_torch(capsys: pytest.CaptureFixture[str]) -> None:

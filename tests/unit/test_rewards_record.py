@@ -188,6 +188,7 @@ def test_columns_are_those_of_trl() -> None:
     assert columns == {
         "prompts": [r.prompt for r in rows],
         "completions": ["answer 0", "answer 1"],
+        "texts": ["answer 0", "answer 1"],
         "spans": [[SPAN], None],
         "group": [0, 0],
         "answer": ["7", None],
@@ -195,6 +196,20 @@ def test_columns_are_those_of_trl() -> None:
         "mass": [0.5, None],
     }
     assert "spans" not in reward_columns([rows[1]])
+
+
+def test_lines_by_hand_get_the_shapes_of_a_recipe_and_records_keep_theirs() -> None:
+    message = [{"role": "assistant", "content": "red"}]
+    by_hand, of_text = RecordedRollout("q", "red"), RecordedRollout("q", "red", prompt_ids=[1], completion_ids=[2])
+    parsed = RecordedRollout([{"role": "user", "content": "q"}], message, text="thought red", prompt_ids=[1])
+    columns = reward_columns([by_hand, of_text, parsed], conversational=True)
+    assert columns["prompts"] == [[{"role": "user", "content": "q"}], "q", [{"role": "user", "content": "q"}]]
+    assert columns["completions"] == [message, "red", message]
+    assert columns["texts"] == ["red", "red", "thought red"]
+    assert reward_columns([by_hand])["completions"] == ["red"]
+
+
+def test_spans_are_no_text_of_a_record() -> None:
     assert reward_columns([rollout(0, spans=[])])["spans"] == [[]]
 
 

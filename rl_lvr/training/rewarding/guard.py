@@ -20,9 +20,11 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+from rl_lvr.answers import text_of
 from rl_lvr.errors import Fault, UserError
+from rl_lvr.training.rewarding.isolating import isolated
 from rl_lvr.training.rewarding.options import FROM_TRAINER, options_of, signal_names
 
 OnError = Literal["stop", "exclude"]
@@ -59,8 +61,9 @@ def guard(
 ) -> Callable[..., Any]:
     """`reward` with the signature of TRL, called `name`, that keeps to the rules above; async if `reward` is.
 
-    Columns that the reward does not take are kept from it, and so are columns that would overwrite an option. It runs
-    in a thread of its own, since nothing else can be left behind when it hangs.
+    Columns that the reward does not take are kept from it, and so are columns that would overwrite an option. Each call
+    gets copies (`isolating.py`), so a reward that changes its arguments changes nobody else's. It runs in a thread of
+    its own, since nothing else can be left behind when it hangs.
     """
     call = _Guarded(reward, name, signals, on_error, timeout)
     if call.is_async:
@@ -68,14 +71,18 @@ def guard(
         async def guarded_async(**columns: Any) -> Scores:
             return await asyncio.to_thread(call, columns)
 
-        guarded_async.__name__ = guarded_async.__qualname__ = name
-        return guarded_async
+        return _named(guarded_async, name, reward)
 
     def guarded(**columns: Any) -> Scores:
         return call(columns)
 
+    return _named(guarded, name, reward)
+
+
+def _named(guarded: Any, name: str, reward: Callable[..., Any]) -> Callable[..., Any]:
     guarded.__name__ = guarded.__qualname__ = name
-    return guarded
+    guarded.guarded_reward = reward
+    return cast("Callable[..., Any]", guarded)
 
 
 class _Guarded:
@@ -135,6 +142,8 @@ class _Guarded:
                 f"reward {self.name!r} needs the signal {lacking[0]!r}, which was not measured: a run measures and "
                 "records the signals of its own rewards."
             )
+        if "texts" not in columns:  # a trainer that makes none has no spans either
+            columns = {**columns, "texts": [text_of(completion) for completion in columns["completions"]]}
         taken = {
             name: value
             for name, value in columns.items()
@@ -209,7 +218,8 @@ class _Guarded:
 
     def _run(self, arguments: dict[str, Any]) -> Any:
         """The reward's own result or exception, or `_HangError`."""
-        done = self.loop.start(self.reward, arguments) if self.loop else _in_thread(self.name, self.reward, arguments)
+        own = isolated(arguments)
+        done = self.loop.start(self.reward, own) if self.loop else _in_thread(self.name, self.reward, own)
         # Not result(timeout): a TimeoutError may as well be the reward's own.
         if not concurrent.futures.wait([done], self.timeout).done:
             done.cancel()
