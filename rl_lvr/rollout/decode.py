@@ -27,7 +27,10 @@ from rl_lvr.rollout.feeding import VectorSource
 from rl_lvr.rollout.forward import batch_images
 from rl_lvr.rollout.spanstate import NOT_FORCED, SpanState
 from rl_lvr.rollout.stops import StopStrings
-from rl_lvr.rollout.types import Request, Rollout, Sampling, StopReason
+from rl_lvr.rollout.types import Request, Rollout, Sampling, StopReason, Uncut
+
+_SCORES = 3
+"""Of a chosen token: its log-prob, its log-prob before penalty and cut, and the log of the kept mass."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,7 @@ class BatchDecoder:
         shape = (len(requests), steps)
         self._steps = steps
         self._tokens = torch.zeros(shape, dtype=torch.long, device=device)
-        self._logprobs = torch.zeros(shape, dtype=torch.float32, device=device)
+        self._scores = torch.zeros(_SCORES, *shape, dtype=torch.float32, device=device)
         self._forced = torch.zeros(shape, dtype=torch.bool, device=device)
         self._length = torch.zeros(len(requests), dtype=torch.long, device=device)
         self._reasons = [StopReason.LENGTH] * len(requests)
@@ -162,8 +165,8 @@ class BatchDecoder:
             hidden = self._open(hidden)
         draws_any = True
         for step in range(self._steps):
-            drawn, logprobs, forced = self._choose(hidden, step, draws_any)
-            token = self._write(step, drawn, logprobs, forced)
+            drawn, scores, forced = self._choose(hidden, step, draws_any)
+            token = self._write(step, drawn, scores, forced)
             counted = self._state.advance(drawn, self._markers) if self._thinks else torch.zeros_like(forced)
             feed = counted & self._source.feeds & ~self._rows.done
             self._finish(step, token)
@@ -180,12 +183,12 @@ class BatchDecoder:
         return self._rollouts()
 
     def _choose(self, hidden: Tensor, step: int, draws_any: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """The next token of every row, its log-prob, and whether it was forced."""
+        """The next token of every row, its `_SCORES` [3, B], and whether it was forced."""
         rows, markers = self._rows, self._markers
         wanted = self._state.forced(markers) if self._thinks else torch.full_like(rows.index, NOT_FORCED)
         forced = wanted != NOT_FORCED
         if not draws_any:
-            return wanted.where(forced, self._parts.pad), torch.zeros_like(wanted, dtype=torch.float32), forced
+            return wanted.where(forced, self._parts.pad), self._scores.new_zeros(_SCORES, len(wanted)), forced
         positions = rows.prompt + step
         greedy = self._sampling.temperature == 0.0
         raw = self._parts.head(hidden).float()
@@ -193,19 +196,30 @@ class BatchDecoder:
         if self._bans_start:
             assert markers.start is not None
             logits = draws.ban_in_rows(logits, markers.start, rows.no_start)
+        whole = logits
         if self._seen is not None:
             logits = draws.penalise(logits, self._seen, self._sampling.repetition_penalty)
-        token, logprobs = draws.draw(draws.warp(logits, self._sampling), rows.seeds, positions, greedy=greedy)
+        warped = draws.warp(logits, self._sampling)
+        token, logprobs = draws.draw(warped, rows.seeds, positions, greedy=greedy)
+        scores = self._score(whole, warped, token, logprobs)
         if self._thinks and markers.format.length == "free":
             assert markers.end is not None
-            pair = draws.warp(draws.end_or_not(raw, markers.end), self._sampling)
-            going_on, pair_logprobs = draws.decide(pair, rows.seeds, positions, greedy=greedy)
+            pair = draws.end_or_not(raw, markers.end)
+            warped = draws.warp(pair, self._sampling)
+            going_on, logprobs = draws.decide(warped, rows.seeds, positions, greedy=greedy)
             inside = self._state.inside
             token = torch.where(inside, torch.where(going_on == 0, markers.end, markers.slot), token)
-            logprobs = torch.where(inside, pair_logprobs, logprobs)
-        return torch.where(forced, wanted, token), logprobs.masked_fill(forced, 0.0), forced
+            scores = torch.where(inside, self._score(pair, warped, going_on, logprobs), scores)
+        return torch.where(forced, wanted, token), scores.masked_fill(forced, 0.0), forced
 
-    def _write(self, step: int, drawn: Tensor, logprobs: Tensor, forced: Tensor) -> Tensor:
+    def _score(self, whole: Tensor, warped: Tensor, index: Tensor, logprobs: Tensor) -> Tensor:
+        """`_SCORES` of the chosen `index`: [3, B]."""
+        if not self._sampling.distorts:
+            return torch.stack((logprobs, logprobs, torch.zeros_like(logprobs)))
+        before = draws.heat(whole, self._sampling.temperature)
+        return torch.stack((logprobs, *draws.uncut(before, warped, index)))
+
+    def _write(self, step: int, drawn: Tensor, scores: Tensor, forced: Tensor) -> Tensor:
         """Record a step. A block of `plain_tokens` is written as filler, START too, which is then no choice either."""
         rows = self._rows
         token = drawn
@@ -213,10 +227,10 @@ class BatchDecoder:
             assert self._markers.start is not None
             filled = self._state.plain & (forced | (drawn == self._markers.start))
             token = torch.where(filled, rows.filler, drawn)
-            logprobs = logprobs.masked_fill(filled, 0.0)
+            scores = scores.masked_fill(filled, 0.0)
             forced = forced | filled
         self._tokens[rows.index, step] = token
-        self._logprobs[rows.index, step] = logprobs
+        self._scores[:, rows.index, step] = scores
         self._forced[rows.index, step] = forced
         self._length[rows.index] += ~rows.done
         if self._seen is not None:
@@ -329,8 +343,8 @@ class BatchDecoder:
     # ---- results
 
     def _rollouts(self) -> list[Rollout]:
-        tokens, logprobs, forced, lengths, ended = (
-            tensor.cpu() for tensor in (self._tokens, self._logprobs, self._forced, self._length, self._ended)
+        tokens, scores, forced, lengths, ended = (
+            tensor.cpu() for tensor in (self._tokens, self._scores, self._forced, self._length, self._ended)
         )
         values, places = self._completion_latents()
         rollouts = []
@@ -341,11 +355,12 @@ class BatchDecoder:
                 vectors = torch.cat([request.prompt_latents[0].to("cpu", self._parts.dtype), vectors])
                 positions = [*(int(p) for p in request.prompt_latents[1]), *positions]
             own = request.intervention is Intervention.OWN and self._thinks
+            logprobs, before, kept = scores[:, row, :length].clone()
             rollouts.append(
                 Rollout(
                     prompt_ids=tuple(request.prompt_ids),
                     completion_ids=tuple(tokens[row, :length].tolist()),
-                    logprobs=logprobs[row, :length].clone(),
+                    logprobs=logprobs,
                     forced=forced[row, :length].clone(),
                     latents=vectors,
                     latent_positions=tuple(positions),
@@ -353,6 +368,7 @@ class BatchDecoder:
                     seed=self._seeds[row],
                     sigma=self._sampling.sigma if own else 0.0,
                     intervention=request.intervention,
+                    uncut=Uncut(before, kept) if self._sampling.distorts else None,
                 )
             )
         return rollouts

@@ -48,6 +48,8 @@ class RecordedRollout:
     completion_ids: list[int] | None = None
     spans: list[dict[str, Any]] | None = None
     """Of `span_facts`."""
+    log_kept_mass: list[float] | None = None
+    """Of every token (`rollout.types.Uncut`); None where sampling cut nothing."""
     stop_reason: str | None = None
     seed: int | None = None
     sigma: float | None = None
@@ -70,7 +72,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("text", "marked", "stop_reason", "answer", "category"), (str, type(None))),
     **dict.fromkeys(("step", "rank", "index"), (int,)),
     **dict.fromkeys(("group", "seed"), (int, type(None))),
-    **dict.fromkeys(("prompt_ids", "completion_ids", "spans"), (list, type(None))),
+    **dict.fromkeys(("prompt_ids", "completion_ids", "spans", "log_kept_mass"), (list, type(None))),
     "sigma": (int, float, type(None)),
     "images": (list,),
     **dict.fromkeys(("rewards", "signals", "columns"), (dict,)),
@@ -114,6 +116,7 @@ def recorded(rollout: Rollout, tokenizer: Any, markers: FormatIds, **known: Any)
         "prompt_ids": list(rollout.prompt_ids),
         "completion_ids": list(rollout.completion_ids),
         "spans": span_facts(rollout, markers),
+        "log_kept_mass": None if rollout.uncut is None else [round(x, 6) for x in rollout.log_kept_mass.tolist()],
         "stop_reason": rollout.stop_reason.value,
         "seed": rollout.seed,
         "sigma": rollout.sigma,

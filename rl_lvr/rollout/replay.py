@@ -5,7 +5,7 @@ A trainer does the same with every rollout, so a difference here is a difference
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from rl_lvr.latents.noise import keyed_normal
 from rl_lvr.models import family_of
 from rl_lvr.rollout import sampling as draws
 from rl_lvr.rollout.forward import evaluating, forward_hidden, replay_batch
-from rl_lvr.rollout.types import Request, Rollout, RolloutEngine, Sampling
+from rl_lvr.rollout.types import Request, Rollout, RolloutEngine, Sampling, Uncut
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Replay:
 
     logprobs: Tensor
     """[B, C] float32, each completion token under the distribution it was drawn from; 0 where forced and on padding."""
+    uncut: list[Uncut]
+    """Per row, [C_i]: the same tokens before repetition penalty and cut."""
     latents: list[Tensor]
     """[n_i, H] per row: f(h) of the position before each recorded latent, without exploration noise."""
 
@@ -47,7 +49,7 @@ def teacher_force(
 
     `feed=False` leaves SLOT's own embeddings where the latents belong: the negative control of every comparison.
     """
-    logprobs: list[Tensor] = []
+    scores: list[Tensor] = []
     latents: list[Tensor] = []
     with evaluating(model), torch.no_grad():
         for start in range(0, len(rollouts), batch_size):
@@ -55,17 +57,21 @@ def teacher_force(
             batch = replay_batch(model, rows, images[start : start + batch_size])
             hidden = forward_hidden(model, batch, markers, feed=feed)
             for row, rollout in enumerate(rows):
-                logprobs.append(_logprobs(model, hidden[row], rollout, markers, sampling))
+                scores.append(_scores(model, hidden[row], rollout, markers, sampling))
                 before = torch.tensor(rollout.latent_positions, dtype=torch.long, device=hidden.device) - 1
                 latents.append(feedback(model, hidden[row, before]).cpu())
-    return Replay(torch.nn.utils.rnn.pad_sequence(logprobs, batch_first=True), latents)
+    drawn = torch.nn.utils.rnn.pad_sequence([row[0] for row in scores], batch_first=True)
+    return Replay(drawn, [Uncut(row[1], row[2]) for row in scores], latents)
 
 
-def _logprobs(model: nn.Module, hidden: Tensor, rollout: Rollout, markers: FormatIds, sampling: Sampling) -> Tensor:
-    """[C] on the CPU. `hidden` [T, H] is this row's; the head sees only positions where something was chosen."""
+def _scores(model: nn.Module, hidden: Tensor, rollout: Rollout, markers: FormatIds, sampling: Sampling) -> Tensor:
+    """[3, C] on the CPU: log-probs, log-probs before penalty and cut, and the log of the kept mass.
+
+    `hidden` [T, H] is this row's; the head sees only positions where something was chosen.
+    """
     prompt = len(rollout.prompt_ids)
     tokens = torch.tensor(rollout.completion_ids)
-    result = torch.zeros(len(tokens))
+    result = torch.zeros(3, len(tokens))
     chosen = (~rollout.forced).nonzero()[:, 0]
     if not len(chosen):
         return result
@@ -74,16 +80,25 @@ def _logprobs(model: nn.Module, hidden: Tensor, rollout: Rollout, markers: Forma
     logits = draws.ban(raw, torch.tensor(markers.never_sampled, device=raw.device))
     if markers.start is not None and (rollout.intervention is Intervention.NONE or markers.format.feedback == "none"):
         logits = draws.ban(logits, torch.tensor([markers.start], device=raw.device))
+    whole = draws.heat(logits, sampling.temperature)
     if sampling.repetition_penalty != 1.0:
         seen = _seen_before(rollout, prompt + chosen, raw.shape[1]).to(raw.device)
         logits = draws.penalise(logits, seen, sampling.repetition_penalty)
-    values = draws.warp(logits, sampling).log_softmax(-1).gather(1, ids[:, None])[:, 0]
+    values = _score(whole, draws.warp(logits, sampling), ids)
     if markers.end is not None:
         decisions = (ids == markers.end) | (ids == markers.slot)
-        pair = draws.warp(draws.end_or_not(raw, markers.end), sampling).log_softmax(-1)
-        values = torch.where(decisions, pair.gather(1, (ids != markers.end).long()[:, None])[:, 0], values)
-    result[chosen] = values.cpu()
+        pair = draws.end_or_not(raw, markers.end)
+        warped = draws.warp(pair, sampling)
+        decided = _score(draws.heat(pair, sampling.temperature), warped, (ids != markers.end).long())
+        values = torch.where(decisions, decided, values)
+    result[:, chosen] = values.cpu()
     return result
+
+
+def _score(whole: Tensor, warped: Tensor, index: Tensor) -> Tensor:
+    """[3, M] of the `index` [M] that was chosen from logits `warped`, which are `whole` before penalty and cut."""
+    drawn = warped.log_softmax(-1).gather(1, index[:, None])[:, 0]
+    return torch.stack((drawn, *draws.uncut(whole, warped, index)))
 
 
 def _seen_before(rollout: Rollout, positions: Tensor, vocabulary: int) -> Tensor:
@@ -100,8 +115,13 @@ class ParityReport:
     max_dh: float
     """Between a latent of the model's own and f(h) of the position before it, noise taken off."""
     max_dlogp: float
+    """Of the log-probs under the distribution that was drawn from."""
+    max_duncut: float
+    """Of the log-probs before repetition penalty and cut: those that a trainer uses."""
+    max_dkept: float
+    """Of the log of the kept mass."""
     control_dh: float
-    """The same two with SLOT's embedding in place of every latent. They must be large, or the check sees nothing."""
+    """The first two with SLOT's embedding in place of every latent. They must be large, or the check sees nothing."""
     control_dlogp: float
     latents: int
     """Own latents compared."""
@@ -110,7 +130,7 @@ class ParityReport:
 
     def passes(self, tolerance: float = 1e-4, control: float = 1e-2) -> bool:
         """Whether the replay agrees and the control does not. Without a latent there is nothing to pass."""
-        agrees = max(self.max_dh, self.max_dlogp) <= tolerance
+        agrees = max(self.max_dh, self.max_dlogp, self.max_duncut, self.max_dkept) <= tolerance
         return self.latents > 0 and agrees and max(self.control_dh, self.control_dlogp) > control
 
 
@@ -134,6 +154,8 @@ def check_parity(
     return ParityReport(
         max_dh=max(_latent_difference(rollout, replayed) for rollout, replayed, _ in pairs),
         max_dlogp=_logprob_difference(rollouts, fed.logprobs),
+        max_duncut=_largest(r.uncut_logprobs - u.logprobs for r, u in zip(rollouts, fed.uncut, strict=True)),
+        max_dkept=_largest(r.log_kept_mass - u.log_kept_mass for r, u in zip(rollouts, fed.uncut, strict=True)),
         control_dh=max(_latent_difference(rollout, replayed) for rollout, _, replayed in pairs),
         control_dlogp=_logprob_difference(rollouts, control.logprobs),
         latents=sum(int(_own(rollout).sum()) for rollout in rollouts),
@@ -161,3 +183,7 @@ def _latent_difference(rollout: Rollout, replayed: Tensor) -> float:
 def _logprob_difference(rollouts: Sequence[Rollout], replayed: Tensor) -> float:
     recorded = torch.nn.utils.rnn.pad_sequence([r.logprobs for r in rollouts], batch_first=True)
     return float((recorded - replayed).abs().max())
+
+
+def _largest(differences: Iterable[Tensor]) -> float:
+    return float(torch.cat([torch.zeros(1), *differences]).abs().max())

@@ -66,9 +66,23 @@ def warp(logits: Tensor, sampling: Sampling) -> Tensor:
     """Temperature and truncation. Greedy rows stay as they are: what is left out could not be drawn anyway."""
     if sampling.temperature == 0.0:
         return logits
-    if sampling.temperature != 1.0:
-        logits = logits / sampling.temperature
+    logits = heat(logits, sampling.temperature)
     return keep_top_p(keep_top_k(keep_min_p(logits, sampling.min_p), sampling.top_k), sampling.top_p)
+
+
+def heat(logits: Tensor, temperature: float) -> Tensor:
+    """Temperature alone; greedy rows are at 1."""
+    return logits if temperature in (0.0, 1.0) else logits / temperature
+
+
+def uncut(whole: Tensor, warped: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """What `Uncut` holds of the chosen `index` [B]: its log-prob, and the log of the kept mass.
+
+    `whole` [B, V] are logits at the sampling temperature, with nothing but bans; `warped` those that were drawn from.
+    """
+    total = whole.logsumexp(-1)
+    kept = whole.masked_fill(warped == _BANNED, _BANNED).logsumexp(-1)
+    return whole.gather(-1, index[:, None])[:, 0] - total, (kept - total).clamp(max=0.0)
 
 
 def draw(logits: Tensor, seeds: Tensor, positions: Tensor, *, greedy: bool) -> tuple[Tensor, Tensor]:

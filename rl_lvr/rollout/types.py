@@ -54,6 +54,17 @@ class Sampling:
         need(self.repetition_penalty > 0, "repetition_penalty", "above 0")
         need(self.sigma >= 0, "sigma", "0 or more")
 
+    @property
+    def distorts(self) -> bool:
+        """Whether tokens are drawn from another distribution than the whole softmax at this temperature."""
+        return distorts(self)
+
+
+def distorts(sampling: Any) -> bool:
+    """`Sampling.distorts`, also of vLLM's `SamplingParams`. Greedy: a cut never drops the likeliest token."""
+    cuts = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
+    return bool(sampling.repetition_penalty != 1.0 or (cuts and sampling.temperature > 0))
+
 
 @dataclass(frozen=True)
 class Request:
@@ -89,6 +100,21 @@ class StopReason(StrEnum):
 
 
 @dataclass(frozen=True)
+class Uncut:
+    """The tokens of a completion under the whole softmax at the sampling temperature, markers banned: the distribution
+    whose log-probs a trainer computes. Neither `repetition_penalty` nor a cut (`top_k`, `top_p`, `min_p`) is in it."""
+
+    logprobs: Tensor
+    """[C] float32; exactly 0 where forced."""
+    log_kept_mass: Tensor
+    """[C] float32, log of the probability of all tokens that the cut kept; exactly 0 where it dropped none, or where
+    forced. Without a repetition penalty, `Uncut.logprobs` is `Rollout.logprobs` plus this."""
+
+    def __getitem__(self, tokens: slice) -> Uncut:
+        return Uncut(self.logprobs[tokens], self.log_kept_mass[tokens])
+
+
+@dataclass(frozen=True)
 class Rollout:
     """One completion. Positions of latents count from the first prompt token, padding excluded."""
 
@@ -106,6 +132,18 @@ class Rollout:
     seed: int
     sigma: float
     intervention: Intervention
+    uncut: Uncut | None = None
+    """None where the sampling settings change no distribution (`Sampling.distorts`)."""
+
+    @property
+    def uncut_logprobs(self) -> Tensor:
+        """[C] float32, what a trainer's log-probs are compared with."""
+        return self.logprobs if self.uncut is None else self.uncut.logprobs
+
+    @property
+    def log_kept_mass(self) -> Tensor:
+        """[C] float32, see `Uncut`."""
+        return torch.zeros_like(self.logprobs) if self.uncut is None else self.uncut.log_kept_mass
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -163,6 +201,7 @@ def describe(rollout: Rollout) -> dict[str, Any]:
         "prompt_ids": list(rollout.prompt_ids),
         "completion_ids": list(rollout.completion_ids),
         "logprobs": rollout.logprobs.tolist(),
+        "log_kept_mass": rollout.log_kept_mass.tolist(),
         "latent_positions": list(rollout.latent_positions),
         "stop_reason": rollout.stop_reason.value,
         "seed": rollout.seed,

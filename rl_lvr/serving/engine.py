@@ -33,6 +33,7 @@ class Fetched:
 
     vectors: bytes
     marks: bytes
+    uncut: bytes
     error: str | None
 
 
@@ -46,7 +47,7 @@ class Finished:
 
     def answer(self, index: int, dtype: torch.dtype, width: int) -> Answer:
         fetched = self.latents[index]
-        return answer_of(self.output, index, fetched.vectors, fetched.marks, dtype, width)
+        return answer_of(self.output, index, fetched.vectors, fetched.marks, fetched.uncut, dtype, width)
 
 
 wanted: ContextVar[list[Finished] | None] = ContextVar("wanted", default=None)
@@ -168,7 +169,7 @@ class LatentAsyncLLM(AsyncLLM):
     async def fetch(self, uid: str) -> list[Fetched]:
         """The latents of a uid, once, in the order of its completions; what is still running has no uid afterwards."""
         rows = (await self.collective_rpc("latent_pop", args=([uid],)))[0][uid]
-        return [Fetched(vectors, marks, error) for _, _, vectors, marks, error in rows]
+        return [Fetched(vectors, marks, uncut, error) for _, _, vectors, marks, uncut, error in rows]
 
     async def status(self) -> list[dict[str, Any]]:
         """Of every worker; UserError if the plugin is not at work in one, or the weights are not whole."""

@@ -86,6 +86,7 @@ class GuardedGRPO(ResumableGRPO):
             rollout,
             completion_ids=(self._tokenizer.eos_token_id,),
             logprobs=torch.zeros(1),
+            uncut=None,
             forced=torch.ones(1, dtype=torch.bool),
             stop_reason=StopReason.EOS,
         )

@@ -83,6 +83,8 @@ def same(left: Rollout, right: Rollout, tolerance: float = 1e-5) -> bool:
         and left.stop_reason == right.stop_reason
         and torch.equal(left.forced, right.forced)
         and torch.allclose(left.logprobs, right.logprobs, atol=tolerance)
+        and torch.allclose(left.uncut_logprobs, right.uncut_logprobs, atol=tolerance)
+        and torch.allclose(left.log_kept_mass, right.log_kept_mass, atol=tolerance)
         and torch.allclose(left.latents, right.latents, atol=tolerance)
     )
 

@@ -93,12 +93,13 @@ def test_rollouts_are_those_of_the_reference_engine(rig: VLLMRig, engine: Server
 @pytest.mark.usefixtures("empty_afterwards")
 def test_sampled_rollouts_are_those_of_the_reference_engine(rig: VLLMRig, engine: ServerRolloutEngine) -> None:
     requests = opened(rig.requests(), engine.markers.start or 0)
-    sampling = Sampling(max_tokens=12, temperature=1.0, sigma=0.2, seed=7)
+    sampling = Sampling(max_tokens=12, temperature=1.0, top_k=60, sigma=0.2, seed=7)
     rollouts = engine.generate(requests, sampling)
     report = check_parity(engine, rig.model, requests, sampling, rollouts=rollouts)
     assert report.passes(), report
     wanted, others = (rig.engine(LVR).generate(requests, replace(sampling, seed=seed)) for seed in (7, 8))
     assert [r.completion_ids for r in rollouts] == [r.completion_ids for r in wanted]
+    assert min(float(r.log_kept_mass.min()) for r in rollouts) < -0.1
     assert [r.completion_ids for r in rollouts] != [r.completion_ids for r in others]
     silent = [replace(r, sigma=0.0) for r in rollouts]
     assert not check_parity(engine, rig.model, requests, sampling, rollouts=silent).passes(), "the noise is seen"

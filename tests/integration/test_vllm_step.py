@@ -13,12 +13,15 @@ from torch.utils._python_dispatch import _disable_current_modes
 from vllm_cases import HostReads, NewTensors, VLLMRig, opened, thinking
 
 from rl_lvr.latents.format import get_format
+from rl_lvr.rollout import sampling as draws
+from rl_lvr.rollout.types import Sampling
 from rl_lvr.rollout.vllm import state
+from rl_lvr.rollout.vllm.sampler import score_uncut
 from rl_lvr.rollout.vllm.state import LatentModelState
 
 FORMATS = {"fixed": get_format("lvr", k=4), "free": get_format("lvr", k=4, length="free")}
 STEPS = ("_overlay", "before_sampling", "after_sampling")
-SAMPLING = replace(SAMPLED, max_tokens=8, sigma=0.1)
+SAMPLING = replace(SAMPLED, max_tokens=8, sigma=0.1, top_k=200)
 
 
 @pytest.fixture(scope="module")
@@ -40,18 +43,19 @@ def engine(engines, request):
 
 
 @pytest.fixture
-def kernel_aside(monkeypatch):
-    """On a GPU the kernel of the decision is one launch; Triton's interpreter runs it row by row on the host."""
-    launch = state.end_or_rest
+def kernels_aside(monkeypatch):
+    """On a GPU a kernel of ours is one launch; Triton's interpreter runs it row by row on the host."""
+    for name in ("end_or_rest", "score_uncut"):
+        kernel = getattr(state, name)
 
-    def aside(*args):
-        profile = sys.getprofile()
-        sys.setprofile(None)
-        with torch._C.DisableTorchFunction(), _disable_current_modes():
-            launch(*args)
-        sys.setprofile(profile)
+        def aside(*args, launch=kernel):
+            profile = sys.getprofile()
+            sys.setprofile(None)
+            with torch._C.DisableTorchFunction(), _disable_current_modes():
+                launch(*args)
+            sys.setprofile(profile)
 
-    monkeypatch.setattr(state, "end_or_rest", aside)
+        monkeypatch.setattr(state, name, aside)
 
 
 def requests_of(rig, engine):
@@ -63,7 +67,7 @@ def watched(monkeypatch, rig, engine, sampling, spoil=None):
     requests = requests_of(rig, engine)
     reads, made = HostReads(), NewTensors(len(requests) * engine.settings.limits.vocabulary)
     with monkeypatch.context() as patch:
-        for name in STEPS:
+        for name in (*STEPS, "after_filters"):
             original = getattr(LatentModelState, name)
 
             def step(self, first, *rest, original=original):
@@ -78,7 +82,7 @@ def watched(monkeypatch, rig, engine, sampling, spoil=None):
     return reads.seen, made.seen
 
 
-@pytest.mark.usefixtures("kernel_aside")
+@pytest.mark.usefixtures("kernels_aside")
 def test_a_step_waits_for_nothing_and_makes_nothing_of_the_vocabularys_size(rig, engine, monkeypatch):
     assert watched(monkeypatch, rig, engine, SAMPLING) == ([], [])
 
@@ -126,7 +130,7 @@ def calls(monkeypatch, rig, engine, spoil=None):
     return {name: [max(found[name, rows]) for rows in (2, 6)] for name in STEPS}
 
 
-@pytest.mark.usefixtures("kernel_aside")
+@pytest.mark.usefixtures("kernels_aside")
 def test_a_step_makes_as_many_calls_for_six_requests_as_for_two(rig, engine, monkeypatch):
     for name, (two, six) in calls(monkeypatch, rig, engine).items():
         assert two == six, name
@@ -136,3 +140,24 @@ def test_a_step_makes_as_many_calls_for_six_requests_as_for_two(rig, engine, mon
             divmod(row, 2)
 
     assert all(two < six for two, six in calls(monkeypatch, rig, engine, loop).values())
+
+
+def test_the_kernel_of_the_kept_mass_equals_float64():
+    """Several blocks of the vocabulary, one of them all banned, rows with settings of their own."""
+    logits = 3 * torch.randn(6, 2500, generator=torch.Generator().manual_seed(0))
+    logits[:, :1100] = float("-inf")
+    temperature = torch.tensor([1.0, 0.7, 2.0, 0.0, 1.0, 1.3])
+    cuts = [{"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.05}, {}, {"top_k": 2000}, {"top_k": 1}]
+    hot = torch.where(temperature == 0, 1.0, temperature)[:, None]
+    rows = [draws.warp(row[None], Sampling(**cut)) for row, cut in zip(logits / hot, cuts, strict=True)]
+    processed = torch.cat(rows)
+    sampled = processed.argmax(-1)
+    wanted = torch.tensor([True, True, True, True, True, False])
+    output = torch.full((8, 2), 7.0)
+    score_uncut(logits, processed, temperature, wanted, sampled, output)
+    exact = (logits.double() / hot.double()).log_softmax(-1)
+    kept = exact.masked_fill(processed.isinf(), float("-inf")).logsumexp(-1)
+    truth = torch.stack((exact.gather(-1, sampled[:, None])[:, 0], kept), -1).float()
+    assert torch.allclose(output[:5], truth[:5], atol=2e-6)
+    assert output[3:5, 1].tolist() == [0.0, 0.0]  # nothing was dropped
+    assert bool((output[5:] == 7.0).all())  # a row that did not ask, and those that are not there

@@ -27,7 +27,7 @@ ROWS = (
 )
 """Prompts of 22 to 25 tokens: each starts with one block of 32 and soon needs a second."""
 GREEDY = Sampling(max_tokens=16, temperature=0.0)
-NOISY = Sampling(max_tokens=16, temperature=1.0, seed=7, sigma=0.3)
+NOISY = Sampling(max_tokens=16, temperature=1.0, top_k=200, seed=7, sigma=0.3)
 ROOMY = {"max_num_batched_tokens": 512, "num_gpu_blocks_override": 64}
 TIGHT = {"max_num_batched_tokens": 24, "num_gpu_blocks_override": 6}
 """Prompts arrive in pieces, and of five requests that need two blocks each, five blocks hold two and a half."""
@@ -101,6 +101,8 @@ def identical(left: Sequence[Rollout], right: Sequence[Rollout]) -> bool:
         and a.stop_reason == b.stop_reason
         and torch.equal(a.forced, b.forced)
         and torch.equal(a.logprobs, b.logprobs)
+        and torch.equal(a.uncut_logprobs, b.uncut_logprobs)
+        and torch.equal(a.log_kept_mass, b.log_kept_mass)
         and torch.equal(a.latents, b.latents)
         for a, b in zip(left, right, strict=True)
     )

@@ -38,7 +38,9 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     first, second = RolloutLog(tmp_path / "rollouts"), RolloutLog(tmp_path / "rollouts", rank=1)
     carried = latents(4)
     first.append(0, [rollout(0), rollout(1)])
-    first.append(1, [rollout(2, spans=[], images=["a.png"], signals={"mass": [0.25, float("inf")]}, columns={"x": 1})])
+    more = {"spans": [], "images": ["a.png"], "signals": {"mass": [0.25, float("inf")]}, "columns": {"x": 1}}
+    more |= {"log_kept_mass": [-0.25, 0.0]}
+    first.append(1, [rollout(2, **more)])
     second.append(0, [rollout(n) for n in range(4)], carried)
     second.append(0, [rollout(9)])
     found = read_rollouts(tmp_path)
@@ -50,9 +52,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     ]
     assert found.steps == [0, 1]
     assert found[0] == rollout(0)
-    assert found[7] == rollout(
-        2, step=1, spans=[], images=["a.png"], signals={"mass": [0.25, float("inf")]}, columns={"x": 1}
-    )
+    assert found[7] == rollout(2, step=1, **more)
     assert found[7].spans == []  # known to have none; None would be not known
     for number in range(4):
         back = found.latents(2 + number)

@@ -172,3 +172,48 @@ def test_end_against_all_others():
 def test_settings_out_of_range(bad):
     with pytest.raises(UserError, match=next(iter(bad))):
         Sampling(**bad)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    temperature=st.sampled_from([0.0, 0.3, 1.0, 1.7]),
+    top_k=st.sampled_from([0, 1, 5, 20]),
+    top_p=st.sampled_from([0.2, 0.95, 1.0]),
+    min_p=st.sampled_from([0.0, 0.02, 0.2]),
+    penalty=st.sampled_from([1.0, 1.4]),
+)
+def test_log_probs_before_the_cut_and_the_kept_mass_equal_float64(seed, temperature, top_k, top_p, min_p, penalty):
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=penalty)
+    logits = draws.ban(logits_of(seed), torch.tensor([3, 7]))
+    seen = torch.rand(logits.shape, generator=torch.Generator().manual_seed(seed)) < 0.3
+    warped = draws.warp(draws.penalise(logits, seen, penalty), sampling)
+    token, logprobs = draws.draw(
+        warped, torch.full((len(logits),), seed), torch.arange(1, len(logits) + 1), greedy=temperature == 0
+    )
+    before, kept = draws.uncut(draws.heat(logits, temperature), warped, token)
+    exact = (logits.double() / (temperature or 1.0)).log_softmax(-1)
+    mass = exact.exp().masked_fill(warped.isinf(), 0.0).sum(-1)
+    assert torch.allclose(before.double(), exact.gather(-1, token[:, None])[:, 0], atol=1e-5)
+    assert torch.allclose(kept.double(), mass.log(), atol=1e-5)
+    if penalty == 1.0:
+        assert torch.allclose(before, logprobs + kept, atol=1e-5)
+    if not sampling.distorts or (penalty != 1.0 and (top_k, top_p, min_p) == (0, 1.0, 0.0)):
+        assert not kept.any()
+        assert torch.allclose(before, logprobs, atol=1e-6) or penalty != 1.0
+
+
+@pytest.mark.parametrize(
+    ("settings_", "expected"),
+    [
+        ({}, False),
+        ({"temperature": 0.7}, False),
+        ({"temperature": 0.0, "top_k": 5}, False),
+        ({"temperature": 0.0, "repetition_penalty": 1.1}, True),
+        ({"top_k": 5}, True),
+        ({"top_p": 0.9}, True),
+        ({"min_p": 0.1}, True),
+    ],
+)
+def test_which_settings_distort(settings_, expected):
+    assert Sampling(**settings_).distorts is expected

@@ -27,7 +27,7 @@ from rl_lvr.latents.format import FormatIds, get_format
 from rl_lvr.rollout.checks import Limits
 from rl_lvr.rollout.server import protocol
 from rl_lvr.rollout.server.engine import ServerRolloutEngine
-from rl_lvr.rollout.types import Capability, Request, Sampling
+from rl_lvr.rollout.types import Capability, Request, Sampling, Uncut
 from rl_lvr.rollout.vllm import calls, wire
 from rl_lvr.rollout.vllm.calls import Answer
 from rl_lvr.rollout.vllm.settings import LatentSettings
@@ -98,6 +98,23 @@ def test_answers_arrive_bit_by_bit(vectors: Any, logprobs: Any, marks: Any, dtyp
     for name in ("vectors", "logprobs", "marks"):
         assert same_bits(getattr(got, name), getattr(answer, name)), name
     assert (got.prompt_ids, got.token_ids, got.finish_reason) == ([1, 2], [3], "stop")
+    assert got.uncut is None
+
+
+def test_what_a_cut_kept_arrives_and_is_missed_if_it_does_not() -> None:
+    cut = Sampling(max_tokens=2, top_k=3)
+    uncut = Uncut(torch.tensor([-1.5, -2.0]), torch.tensor([-0.1, 0.0]))
+    marks = torch.zeros(4, dtype=torch.int8)
+    answer = Answer([1, 2], [3, 4], torch.tensor([-1.4, -2.0]), "length", None, torch.empty(0, 4), marks, uncut)
+    got = protocol.answer_from_json(json.loads(json.dumps(protocol.answer_to_json(answer))), 4)
+    rollout = calls.rollout_of(0, Request([1, 2]), 0, cut, SETTINGS, got)
+    assert torch.equal(rollout.uncut_logprobs, uncut.logprobs)
+    assert torch.equal(rollout.log_kept_mass, uncut.log_kept_mass)
+    with pytest.raises(RuntimeError, match="no log-probs before the cut"):
+        calls.rollout_of(0, Request([1, 2]), 0, cut, SETTINGS, replace(answer, uncut=None))
+    plain = calls.rollout_of(0, Request([1, 2]), 0, Sampling(max_tokens=2), SETTINGS, replace(answer, uncut=None))
+    assert torch.equal(plain.uncut_logprobs, answer.logprobs)
+    assert not plain.log_kept_mass.any()
 
 
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:

@@ -16,7 +16,7 @@ from rl_lvr.rollout import sampling as draws
 from rl_lvr.rollout.checks import Limits
 from rl_lvr.rollout.types import Request, Sampling
 from rl_lvr.rollout.vllm import settings as settings_module
-from rl_lvr.rollout.vllm.decisions import warp_pairs
+from rl_lvr.rollout.vllm.decisions import uncut_pairs, warp_pairs
 from rl_lvr.rollout.vllm.history import History, Live
 from rl_lvr.rollout.vllm.prompts import collapse
 from rl_lvr.rollout.vllm.settings import LatentSettings, as_config
@@ -52,11 +52,16 @@ def test_pairs_are_warped_row_by_row_as_the_reference_warps_a_batch(rows):
     pairs = torch.tensor([row[:2] for row in rows])
     temperature, min_p, top_k, top_p = (torch.tensor(column) for column in zip(*(row[2] for row in rows), strict=True))
     ours = warp_pairs(pairs, temperature, min_p, top_k, top_p)
+    index = ours.argmax(-1)
+    scores = uncut_pairs(pairs, ours, temperature, index)
     for i, (*_, (t, m, k, p)) in enumerate(rows):
         theirs = draws.warp(pairs[i : i + 1], Sampling(temperature=t, min_p=m, top_k=k, top_p=p))[0]
         assert torch.equal(ours[i].isinf(), theirs.isinf()) or pairs[i, 0] == pairs[i, 1]
         kept = ~theirs.isinf() & ~ours[i].isinf()
         assert torch.allclose(ours[i][kept], theirs[kept], atol=1e-5)
+        whole = draws.heat(pairs[i : i + 1], t)
+        expected = torch.stack(draws.uncut(whole, ours[i : i + 1], index[i : i + 1]), -1)[0]
+        assert torch.allclose(scores[i], expected, atol=1e-5)
 
 
 # ---- prompts
@@ -113,14 +118,15 @@ def test_any_top_k_beyond_the_vocabulary_means_all_tokens():
 
 
 def test_the_memory_of_all_tables_is_counted():
-    """Three requests: history and supplied vectors (6 x 4 float32 each), the next latent, marks of 41 positions."""
+    """Three requests: history and supplied vectors (6 x 4 float32 each), the next latent, a mark and two float32 for
+    each of 41 positions."""
     tables = SlotTables(settings(), 3, torch.float32, torch.device("cpu"))
-    vectors, marks = 2 * 3 * 6 * 4 * 4 + 3 * 4 * 4, 3 * 41
-    assert vectors + marks < tables.nbytes < vectors + marks + 3 * 200
+    vectors, positions = 2 * 3 * 6 * 4 * 4 + 3 * 4 * 4, 3 * 41 * (1 + 2 * 4)
+    assert vectors + positions < tables.nbytes < vectors + positions + 3 * 200
     tables.add(
         0, LatentArgs(Request([1], vectors=torch.ones(2, 4), intervention=Intervention.GIVEN)), params(), broken=False
     )
-    assert tables.nbytes < vectors + marks + 3 * 200, "nothing is allocated later"
+    assert tables.nbytes < vectors + positions + 3 * 200, "nothing is allocated later"
     assert torch.equal(tables.vectors[0, :2], torch.ones(2, 4))
 
 

@@ -19,11 +19,11 @@ from PIL import Image, UnidentifiedImageError
 from rl_lvr.errors import UserError
 from rl_lvr.latents.format import FormatIds, LatentFormat
 from rl_lvr.rollout.checks import Limits
-from rl_lvr.rollout.vllm.calls import Answer, marks_of, vectors_of
+from rl_lvr.rollout.vllm.calls import Answer, marks_of, uncut_of, uncut_to_bytes, vectors_of
 from rl_lvr.rollout.vllm.settings import LatentSettings
 from rl_lvr.rollout.vllm.weights import Receipt
 
-VERSION = 1
+VERSION = 2
 STATUS = "/v1/latents"
 ROLLOUT = "/v1/latents/rollout"
 WEIGHTS = "/v1/latents/weights"
@@ -108,12 +108,14 @@ def answer_to_json(answer: Answer) -> dict[str, Any]:
             answer.vectors.clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().tobytes()
         ),
         "marks": _text(answer.marks.numpy().tobytes()),
+        "uncut": None if answer.uncut is None else _text(uncut_to_bytes(answer.uncut)),
     }
 
 
 def answer_from_json(data: Mapping[str, Any], width: int) -> Answer:
     """`width`: of the model's hidden states."""
     logprobs = np.frombuffer(_bytes(data["logprobs"], "logprobs"), "<f4").astype(np.float32)
+    uncut = data["uncut"]
     return Answer(
         prompt_ids=data["prompt_token_ids"],
         token_ids=data["token_ids"],
@@ -122,6 +124,7 @@ def answer_from_json(data: Mapping[str, Any], width: int) -> Answer:
         stop_reason=data["stop_reason"],
         vectors=vectors_of(_bytes(data["vectors"], "vectors"), getattr(torch, data["dtype"]), width),
         marks=marks_of(_bytes(data["marks"], "marks")),
+        uncut=None if uncut is None else uncut_of(_bytes(uncut, "uncut"), len(data["token_ids"])),
     )
 
 

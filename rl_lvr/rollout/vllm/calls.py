@@ -17,7 +17,7 @@ from rl_lvr.errors import UserError
 from rl_lvr.latents.interventions import Intervention
 from rl_lvr.rollout.checks import check_request, starts_with_own
 from rl_lvr.rollout.spanstate import open_span
-from rl_lvr.rollout.types import Request, Rollout, Sampling, StopReason
+from rl_lvr.rollout.types import Request, Rollout, Sampling, StopReason, Uncut
 from rl_lvr.rollout.vllm import wire
 from rl_lvr.rollout.vllm.prompts import collapse
 from rl_lvr.rollout.vllm.settings import LatentSettings, check_room
@@ -39,6 +39,8 @@ class Answer:
     """[n, H] in the model's precision, the latents that were generated; there may be more than were kept."""
     marks: Tensor
     """int8 by absolute position, see `slots`."""
+    uncut: Uncut | None = None
+    """Of a request whose sampling settings distort its distribution."""
 
 
 def check(index: int, request: Request, settings: LatentSettings) -> None:
@@ -159,7 +161,9 @@ def check_seed(seed: int) -> None:
         raise UserError(f"the seed {seed} cannot be used with vLLM: choose one from 0 to 2^63 - 1.")
 
 
-def answer_of(output: Any, which: int, vectors: bytes, marks: bytes, dtype: torch.dtype, width: int) -> Answer:
+def answer_of(
+    output: Any, which: int, vectors: bytes, marks: bytes, uncut: bytes, dtype: torch.dtype, width: int
+) -> Answer:
     """Completion `which` of vLLM's RequestOutput, with its latents and marks as the worker sends them."""
     completion = output.outputs[which]
     tokens = list(completion.token_ids)
@@ -172,6 +176,7 @@ def answer_of(output: Any, which: int, vectors: bytes, marks: bytes, dtype: torc
         stop_reason=completion.stop_reason,
         vectors=vectors_of(vectors, dtype, width),
         marks=marks_of(marks)[: len(output.prompt_token_ids) + len(tokens)],
+        uncut=uncut_of(uncut, len(tokens)),
     )
 
 
@@ -197,6 +202,8 @@ def rollout_of(
         vectors = torch.cat([given.to("cpu", vectors.dtype), vectors])
         places = [*(int(place) for place in where), *places]
     own = settings.thinks and request.intervention is Intervention.OWN
+    if sampling.distorts and answer.uncut is None:
+        raise RuntimeError(f"request {index}: no log-probs before the cut came back with its tokens.")
     return Rollout(
         prompt_ids=tuple(prompt),
         completion_ids=tuple(tokens[opens:]),
@@ -208,6 +215,7 @@ def rollout_of(
         seed=seed,
         sigma=sampling.sigma if own else 0.0,
         intervention=request.intervention,
+        uncut=None if answer.uncut is None else answer.uncut[opens:],
     )
 
 
@@ -220,6 +228,19 @@ def vectors_of(data: bytes, dtype: torch.dtype, width: int) -> Tensor:
 def marks_of(data: bytes) -> Tensor:
     """Marks as a worker sends them -> [positions] int8."""
     return torch.from_numpy(np.frombuffer(data, np.int8).copy())
+
+
+def uncut_to_bytes(uncut: Uncut) -> bytes:
+    """The inverse of `uncut_of`."""
+    return torch.stack((uncut.logprobs, uncut.log_kept_mass), -1).numpy().astype("<f4").tobytes()
+
+
+def uncut_of(data: bytes, tokens: int) -> Uncut | None:
+    """What a worker sends about the distribution before penalty and cut, of the first `tokens` of a completion."""
+    if not data:
+        return None
+    pairs = torch.from_numpy(np.frombuffer(data, "<f4").astype(np.float32).reshape(-1, 2)[:tokens])
+    return Uncut(pairs[:, 0].contiguous(), pairs[:, 1].contiguous())
 
 
 def _stop_reason(answer: Answer) -> StopReason:

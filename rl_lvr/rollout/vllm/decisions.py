@@ -22,6 +22,12 @@ def warp_pairs(pairs: Tensor, temperature: Tensor, min_p: Tensor, top_k: Tensor,
     return torch.where(greedy[:, None], pairs, warped.masked_fill(dropped, float("-inf")))
 
 
+def uncut_pairs(pairs: Tensor, warped: Tensor, temperature: Tensor, index: Tensor) -> Tensor:
+    """`rollout.sampling.uncut` of the decisions `index`, [N, 2]."""
+    whole = pairs / torch.where(temperature == 0, 1.0, temperature)[:, None]
+    return torch.stack(draws.uncut(whole, warped, index), -1)
+
+
 def draw_pairs(pairs: Tensor, greedy: Tensor, seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """0 (END) or 1 per row and its log-prob, by the numbers that the reference engine uses. [N] each."""
     index, logprobs = draws.decide(pairs, seeds, positions, greedy=False)

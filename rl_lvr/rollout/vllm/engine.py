@@ -151,10 +151,10 @@ class VLLMRolloutEngine:
 
     def answer(self, index: int, output: Any, row: list[Any], which: int = 0) -> calls.Answer:
         """Completion number `which` of vLLM's `output` for request `index`, with its latents (`history.Latents`)."""
-        _, _, vectors, marks, error = row
+        _, _, vectors, marks, uncut, error = row
         if error is not None:
             raise UserError(calls.named(index, error))
-        return calls.answer_of(output, which, vectors, marks, self.dtype, self.settings.limits.hidden_size)
+        return calls.answer_of(output, which, vectors, marks, uncut, self.dtype, self.settings.limits.hidden_size)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -47,6 +47,7 @@ HOOKS: tuple[Hook, ...] = (
     ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.finish_requests", ("scheduler_output",)),
     ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.reload_weights", ()),
     ("vllm.v1.worker.gpu.sample.sampler", "Sampler.__call__", ("logits", "input_batch")),
+    ("vllm.v1.worker.gpu.sample.sampler", "Sampler.sample", ("logits",)),
     ("vllm.v1.core.kv_cache_utils", "_gen_prompt_embeds_extra_hash_keys", ("request",)),
     (PLANNING, "get_kv_cache_groups", ("vllm_config",)),
     ("vllm.entrypoints.llm", "LLM.enqueue", ("prompts",)),

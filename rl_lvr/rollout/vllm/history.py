@@ -28,6 +28,8 @@ class Live:
     latents: int
     """Latents that it can generate at most."""
     error: str | None = None
+    distorted: bool = False
+    """Its sampling settings are of those that `Uncut` tells about."""
 
 
 @dataclass
@@ -40,6 +42,8 @@ class Parked:
     """[rows, H], with room behind the last latent."""
     marks: Tensor
     """[positions] int8."""
+    uncut: Tensor | None
+    """[positions, 2] float32, of a distorted request."""
     broken: Tensor
     error: str | None
     ready: Any
@@ -72,10 +76,13 @@ class Latents:
     marks: bytes
     """int8 by absolute position: kind, forced, fed (`slots.KIND`, `FORCED`, `FED`). Tokens that vLLM dropped at the
     end may be in here too."""
+    uncut: bytes
+    """float32 [tokens, 2] from the first token of the completion on (`slots.SlotTables.uncut`); empty unless the
+    request's sampling settings distort its distribution."""
     error: str | None
 
     def as_row(self) -> list[Any]:
-        return [self.request_id, self.prompt, self.vectors, self.marks, self.error]
+        return [self.request_id, self.prompt, self.vectors, self.marks, self.uncut, self.error]
 
 
 class History:
@@ -127,11 +134,12 @@ class History:
         tables, slot = self._tables, live.slot
         sources = (tables.history[slot, : live.latents], tables.marks[slot, : live.tokens], tables.broken[slot])
         vectors, marks, broken = (_to_host(source) for source in sources)
+        uncut = _to_host(tables.uncut[slot, : live.tokens]) if live.distorted else None
         ready = None
         if vectors.is_pinned():
             ready = torch.cuda.Event()
             ready.record()
-        return Parked(live.uid, live.prompt, vectors, marks, broken, live.error, ready)
+        return Parked(live.uid, live.prompt, vectors, marks, uncut, broken, live.error, ready)
 
     def _export(self, request_id: str, parked: Parked) -> Latents:
         parked.wait()
@@ -140,7 +148,8 @@ class History:
         fed = int((marks & FED).ne(0).sum())
         error = parked.error or (self._overflow if bool(parked.broken) else None)
         vectors = parked.vectors[:fed].contiguous().view(torch.uint8).numpy().tobytes()
-        return Latents(request_id, parked.prompt, vectors, marks.numpy().tobytes(), error)
+        uncut = b"" if parked.uncut is None else parked.uncut[parked.prompt :].numpy().tobytes()
+        return Latents(request_id, parked.prompt, vectors, marks.numpy().tobytes(), uncut, error)
 
 
 def _to_host(source: Tensor) -> Tensor:

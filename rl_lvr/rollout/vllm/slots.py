@@ -63,6 +63,9 @@ class SlotTables:
         self.history = table(dtype, room, width)
         self.marks = table(torch.int8, settings.limits.max_positions + 1)
         """By absolute position, of generated tokens only."""
+        self.distorted = table(torch.bool)
+        self.uncut = table(torch.float32, settings.limits.max_positions + 1, 2)
+        """By absolute position, of generated tokens of distorted requests only: log-prob and kept mass of `Uncut`."""
         self.vectors = table(dtype, room, width)
         """Supplied vectors. Made at the start too: later the key-value cache has taken the memory."""
 

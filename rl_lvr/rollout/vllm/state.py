@@ -25,12 +25,12 @@ from rl_lvr.errors import UserError
 from rl_lvr.latents.feedback import feedback
 from rl_lvr.latents.interventions import Intervention
 from rl_lvr.rollout.spanstate import NOT_FORCED
-from rl_lvr.rollout.types import Request
+from rl_lvr.rollout.types import Request, distorts
 from rl_lvr.rollout.vllm import guards, wire
 from rl_lvr.rollout.vllm.calls import checked_args
-from rl_lvr.rollout.vllm.decisions import draw_pairs, warp_pairs
+from rl_lvr.rollout.vllm.decisions import draw_pairs, uncut_pairs, warp_pairs
 from rl_lvr.rollout.vllm.history import History, Live
-from rl_lvr.rollout.vllm.sampler import LatentSampler, end_or_rest
+from rl_lvr.rollout.vllm.sampler import LatentSampler, end_or_rest, score_uncut
 from rl_lvr.rollout.vllm.settings import LatentSettings
 from rl_lvr.rollout.vllm.slots import END, FED, FORCED, SLOT, START, SlotTables
 
@@ -73,12 +73,16 @@ class LatentModelState(DefaultModelState):
         self._noisy: set[str] = set()
         self._supplied: set[str] = set()
         self._shy: set[str] = set()
+        self._distorted: set[str] = set()
         banned = set(markers.never_sampled)
         if markers.start is not None and not self.settings.thinks:
             banned.add(markers.start)
         self._never = torch.tensor(sorted(banned), dtype=torch.long, pin_memory=device.type == "cuda")
         self._banned = self._never.to(device, copy=True)
         self._pairs = torch.zeros(self.max_num_reqs, 2, device=device)
+        self._uncut = torch.zeros(self.max_num_reqs, 2, device=device)
+        self._slots: Tensor
+        """Of the rows of this step."""
         logger.info(
             "Latents of format %r: %.1f MiB for %d requests x 2 x %d latents x %d (max_num_seqs, max_latents, width).",
             markers.format.name,
@@ -114,10 +118,12 @@ class LatentModelState(DefaultModelState):
             tokens=min(prompt_len + room, self.max_model_len + 1),
             latents=min(room, self.settings.max_latents),
             error=error,
+            distorted=error is None and distorts(sampling),
         )
         if error is not None:
             logger.error("Ended: %s", error)
         self.history.live[request_id] = live
+        self.tables.distorted[req_index] = live.distorted
         kind = args.request.intervention
         if args.sigma or kind in (Intervention.NOISE, Intervention.UNIT_NOISE):
             self._noisy.add(request_id)
@@ -125,6 +131,8 @@ class LatentModelState(DefaultModelState):
             self._supplied.add(request_id)
         if kind is Intervention.NONE:
             self._shy.add(request_id)
+        if live.distorted:
+            self._distorted.add(request_id)
         self._plant(request_id, live, args, ids)
 
     def _start(self, slot: int, args: wire.LatentArgs, sampling: Any, error: str | None) -> str | None:
@@ -165,6 +173,9 @@ class LatentModelState(DefaultModelState):
             live.uid, live.error = parked.uid, parked.error
             own = self.tables.resume(live.slot, ids, live.prompt, parked.marks, parked.vectors)
             self.tables.broken[live.slot] = parked.broken.to(self.device)
+            if parked.uncut is not None:
+                done = slice(live.prompt, len(ids))
+                self.tables.uncut[live.slot, done] = parked.uncut[done].to(self.device)
             vectors.append(self.tables.history[live.slot, : len(own)].clone())
             places.append(own.numpy())
             self.counters.resumed += 1
@@ -177,6 +188,7 @@ class LatentModelState(DefaultModelState):
         self._noisy.discard(req_id)
         self._supplied.discard(req_id)
         self._shy.discard(req_id)
+        self._distorted.discard(req_id)
         if self.leaving is not None:
             finished, preempted = self.leaving
             self.history.remove(req_id, preempted=req_id in preempted and req_id not in finished)
@@ -223,7 +235,7 @@ class LatentModelState(DefaultModelState):
     def before_sampling(self, logits: Tensor, batch: Any) -> None:
         """Ban what nobody may draw, in place; first take END's decision from the logits as they are."""
         markers, tables = self.settings.markers, self.tables
-        slots = batch.idx_mapping[: batch.num_reqs]
+        slots = self._slots = batch.idx_mapping[: batch.num_reqs]
         if self.settings.thinks and markers.format.length == "free" and self.history.live:
             assert markers.end is not None
             end_or_rest(logits, tables.span.inside[slots], markers.end, self._pairs)
@@ -231,16 +243,32 @@ class LatentModelState(DefaultModelState):
         if self._shy:
             logits[:, markers.start].masked_fill_(tables.no_start[slots], float("-inf"))
 
+    def after_filters(self, logits: Tensor, processed: Tensor, sampled: Tensor) -> None:
+        """Between vLLM's draw and its log-probs: what the whole softmax says of the token, for those who need it."""
+        if self._distorted:
+            slots = self._slots
+            temperature, wanted = self.tables.temperature[slots], self.tables.distorted[slots]
+            score_uncut(logits, processed, temperature, wanted, sampled, self._uncut)
+
     def after_sampling(self, output: Any, batch: Any, prefill_len: Tensor) -> None:
         """Write over the tokens that are not vLLM's to choose, advance every span, make the next latents."""
-        if not self.settings.thinks or not self.history.live:
+        if not self.history.live:
             return
-        markers, tables = self.settings.markers, self.tables
-        assert markers.start is not None
-        assert markers.end is not None
         slots = batch.idx_mapping[: batch.num_reqs].long()
         positions = batch.seq_lens[: batch.num_reqs].long()  # of the token that is chosen now
         active = positions >= prefill_len[slots]  # the others are in the middle of their prompts
+        if self.settings.thinks:
+            self._advance(output, slots, positions, active)
+        if self._distorted:
+            uncut = self._uncut[: len(slots)]
+            self.tables.uncut[slots, positions] = torch.where(
+                active[:, None], uncut, self.tables.uncut[slots, positions]
+            )
+
+    def _advance(self, output: Any, slots: Tensor, positions: Tensor, active: Tensor) -> None:
+        markers, tables = self.settings.markers, self.tables
+        assert markers.start is not None
+        assert markers.end is not None
 
         span = tables.span.select(slots)
         wanted = torch.where(tables.opens[slots], markers.start, span.forced(markers))
@@ -248,12 +276,14 @@ class LatentModelState(DefaultModelState):
         sampled = output.sampled_token_ids[:, 0]
         drawn = torch.where(forced, wanted, sampled)
         logprobs = torch.zeros_like(positions, dtype=torch.float32)
+        before = logprobs.new_zeros(len(slots), 2)
         written_over = forced
         if markers.format.length == "free":
-            ending, pair_logprobs = self._decide(slots, positions)
+            ending, pair_logprobs, pair_before = self._decide(slots, positions)
             decided = span.inside & ~forced
             drawn = torch.where(decided, torch.where(ending == 0, markers.end, markers.slot), drawn)
             logprobs = torch.where(decided, pair_logprobs, logprobs)
+            before = torch.where(decided[:, None], pair_before, before)
             written_over = written_over | decided
 
         filled = span.plain & (forced | (drawn == markers.start))
@@ -266,6 +296,8 @@ class LatentModelState(DefaultModelState):
         feed = feed & ~broken
         token = torch.where(broken, self.settings.eos[0], token)
         written_over = (written_over | filled | broken) & active
+        uncut = self._uncut[: len(slots)]
+        uncut.copy_(torch.where(written_over[:, None], before, uncut))
 
         marks = _kinds(drawn, markers) | FORCED * forced | FED * feed
         marks = torch.where(active, marks, tables.marks[slots, positions]).to(torch.int8)
@@ -285,14 +317,14 @@ class LatentModelState(DefaultModelState):
             table[slots] = torch.where(active, getattr(span, name), table[slots])
         _write(output, written_over, token, logprobs)
 
-    def _decide(self, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """END (0) or another latent (1) for every row, and its log-prob. Only rows inside a span mean anything."""
-        tables = self.tables
+    def _decide(self, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """END (0) or another latent (1) for every row, its log-prob, and what `Uncut` says of it. Only rows inside a
+        span mean anything."""
+        tables, pairs = self.tables, self._pairs[: len(slots)]
         temperature = tables.temperature[slots]
-        pairs = warp_pairs(
-            self._pairs[: len(slots)], temperature, tables.min_p[slots], tables.top_k[slots], tables.top_p[slots]
-        )
-        return draw_pairs(pairs, temperature == 0, tables.seeds[slots], positions)
+        warped = warp_pairs(pairs, temperature, tables.min_p[slots], tables.top_k[slots], tables.top_p[slots])
+        index, logprobs = draw_pairs(warped, temperature == 0, tables.seeds[slots], positions)
+        return index, logprobs, uncut_pairs(pairs, warped, temperature, index)
 
 
 def _kinds(drawn: Tensor, markers: Any) -> Tensor:
