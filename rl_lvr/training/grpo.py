@@ -132,6 +132,7 @@ class LatentGRPOTrainer(CheckedGRPO):
         self._fed: FedModel | None = None
         self._parity_known = not config.parity_check
         self._synced_step = -1
+        self._ratio_noted = False
         self._level: Tensor | None = None
         self._turns: dict[str, tuple[int, int]] = {}
         if chosen is not None:
@@ -248,7 +249,7 @@ class LatentGRPOTrainer(CheckedGRPO):
             self._check_parity(turn, sampling)
         return (
             [list(rollout.completion_ids) for rollout in turn.rollouts],
-            [rollout.logprobs.tolist() for rollout in turn.rollouts],
+            [rollout.uncut_logprobs.tolist() for rollout in turn.rollouts],
         )
 
     def _whole_weights(self) -> AbstractContextManager[Any]:
@@ -306,6 +307,7 @@ class LatentGRPOTrainer(CheckedGRPO):
             kinds = {bool(row["images"]) for row in shown if "images" in row}
             with processed_once(self, family_of(self.model), shown) if len(kinds) > 1 else nullcontext():
                 output = self._of_parent(inputs, shown if False in kinds else inputs)
+            self._check_ratio(output, mode)
             self._note_learning(mode)
             return output
         self._turn = turn = Turn()
@@ -322,6 +324,8 @@ class LatentGRPOTrainer(CheckedGRPO):
             output["latent_old_means"] = turn.old_means
             if turn.reference_means is not None:
                 output["latent_reference_means"] = turn.reference_means
+        self._log_kept_mass(turn, mode)
+        self._check_ratio(output, mode)
         if not self._corrects:
             output["importance_sampling_ratio"] = torch.ones_like(output["importance_sampling_ratio"])
         self._log_latents(turn.latents, output["prompt_ids"].shape[1], mode)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rl_lvr.errors import UserError
 from rl_lvr.latents.batch import LatentBatch
 from rl_lvr.latents.density import check_sigma
-from rl_lvr.latents.format import LatentFormat
+from rl_lvr.latents.format import FormatIds, LatentFormat
 from rl_lvr.latents.text import ControlTokens
 from rl_lvr.rollout.replay import check_parity
 from rl_lvr.rollout.types import Sampling
@@ -26,6 +26,9 @@ from rl_lvr.training.grpo_turn import ROW_SHARE, Turn, replay_difference, requir
 from rl_lvr.training.settings import refuse_unused
 
 PARITY_ROWS = 4
+RATIO_BAND = (0.9, 1.1)
+"""Of the mean importance ratio. Engine and trainer agree to rounding, so it is 1 but for that; within the band the
+gradient is at most a tenth too small or too large."""
 _log = logging.getLogger(__name__)
 
 
@@ -34,7 +37,9 @@ class CheckedGRPO(TimedGRPO):
 
     args: LatentGRPOConfig
     sampling: Sampling
+    markers: FormatIds | None
     _parity_known: bool
+    _ratio_noted: bool
 
     def _check_parity(self, turn: Turn, sampling: Sampling) -> None:
         """Before the first step: the engine against the model, and a control with SLOT's embeddings for latents.
@@ -56,10 +61,10 @@ class CheckedGRPO(TimedGRPO):
         size = max([1.0, *(float(r.latents.abs().max()) for r in rollouts if len(r.latents))])
         apart = report.max_dh / size / (1 if exact else ROW_SHARE)
         if exact:
-            apart = max(apart, report.max_dlogp)
+            apart = max(apart, report.max_duncut)
         problem = (
             f"the engine does not agree with the model: latents differ by {report.max_dh:.3g}, log-probs by "
-            f"{report.max_dlogp:.3g}, more than replay_tolerance {tolerance:g} allows; its weights are not the "
+            f"{report.max_duncut:.3g}, more than replay_tolerance {tolerance:g} allows; its weights are not the "
             "trainer's"
         )
         agree(self.accelerator, None if apart <= tolerance else problem)
@@ -110,7 +115,6 @@ class CheckedGRPO(TimedGRPO):
             logprobs,
             attention_mask,
             self.args.law or "gaussian",
-            tokens=_undistorted(self.sampling),
         )
         for name, what, part in (
             ("replay_logp_diff", "log-probs", found.logp),
@@ -135,22 +139,57 @@ class CheckedGRPO(TimedGRPO):
         self._add_mean(mode, "latent/count", float(counts.sum()), len(counts))
         self._add_mean(mode, "latent/norm", float(norms.sum()), len(norms))
 
-    def _add_mean(self, mode: str, name: str, total: float, count: int) -> None:
-        """A mean over all processes; nothing where nothing was counted."""
+    def _log_kept_mass(self, turn: Turn, mode: str) -> None:
+        """Over the tokens that the loss sees: how much of the distribution `top_k`, `top_p` and `min_p` kept."""
+        seen = [r for r, left_out in zip(turn.rollouts, turn.excluded, strict=True) if not left_out]
+        kept = torch.cat([torch.empty(0), *(r.log_kept_mass[~r.forced].cpu() for r in seen)]).exp()
+        self._add_mean(mode, "latent/kept_mass", float(kept.sum()), len(kept))
+
+    def _check_ratio(self, output: Mapping[str, Any], mode: str) -> None:
+        """Warn, once in a run, if the importance-sampling ratio scales the gradient up or down on average.
+
+        The ratio is the one that TRL multiplies the loss with, after its clipping or masking.
+        """
+        ratio = output.get("importance_sampling_ratio")
+        if ratio is None:
+            return
+        mask = output["completion_mask"] * output.get("tool_mask", 1)
+        mean = self._mean_of_all(float((ratio * mask).sum()), int(mask.sum()))
+        if mean is None:
+            return
+        if self.markers is not None:
+            self._metrics[mode]["latent/importance_ratio"].append(mean)
+        low, high = RATIO_BAND
+        if low <= mean <= high or mode != "train" or self._ratio_noted:
+            return
+        self._ratio_noted = True
+        if self.accelerator.is_main_process:
+            _log.warning(
+                "the mean importance ratio of the trainer's token probabilities to the engine's is %.3g, outside of "
+                "%g to %g, so the policy gradient is scaled by about that much. Likely causes: the engine computes in "
+                "another precision than the trainer, it has older weights, or it reports log-probs after a cut "
+                "(top_k, top_p, min_p) or a repetition penalty. Remove the cause, or choose another "
+                "vllm_importance_sampling_mode or clip range (docs/grpo.md).",
+                mean,
+                low,
+                high,
+            )
+
+    def _mean_of_all(self, total: float, count: int) -> float | None:
+        """A mean over all processes; None where nothing was counted."""
         mine = torch.tensor([[total, count]], dtype=torch.float32, device=self.accelerator.device)
         total, count = self.accelerator.gather(mine).sum(0).tolist()
-        if count:
-            self._metrics[mode][name].append(total / count)
+        return total / count if count else None
+
+    def _add_mean(self, mode: str, name: str, total: float, count: int) -> None:
+        """A metric that is a mean over all processes; nothing where nothing was counted."""
+        mean = self._mean_of_all(total, count)
+        if mean is not None:
+            self._metrics[mode][name].append(mean)
 
     def _add_max(self, mode: str, name: str, value: float) -> None:
         mine = torch.tensor([value], device=self.accelerator.device)
         self._metrics[mode][name].append(float(self.accelerator.gather(mine).max()))
-
-
-def _undistorted(sampling: Sampling) -> bool:
-    """Whether tokens are drawn from the whole softmax: what a trainer's log-probs are of."""
-    filters = (sampling.top_p, sampling.top_k, sampling.min_p, sampling.repetition_penalty)
-    return filters == (1.0, 0, 0.0, 1.0)
 
 
 def check_settings(args: LatentGRPOConfig, latent_format: LatentFormat, hidden_size: int) -> None:

@@ -184,6 +184,8 @@ class FedModel:
         width = self._family.config.get_text_config().vocab_size
         ban: Any = torch.zeros(width, device=head.weight.device, dtype=head.weight.dtype)
         ban[list(self._markers.never_sampled)] = _OUT
+        if self._markers.start is not None and self._markers.format.feedback == "none":
+            ban[self._markers.start] = _OUT  # engines generate no block then, so they do not draw START either
         if head.bias is not None:
             ban = ban + head.bias
         if hasattr(head.weight, "ds_status"):

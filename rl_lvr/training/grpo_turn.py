@@ -99,21 +99,19 @@ def replay_difference(
     logprobs: Tensor,
     attention_mask: Tensor,
     law: Law,
-    *,
-    tokens: bool,
 ) -> Difference:
     """Hold what the engine recorded against the scoring pass. Noise is keyed by seed and position, and drawn again.
 
-    `logprobs` [B, C] and `means` [B, N, H] are the pass's, `attention_mask` [B, T] its mask. `tokens=False` leaves the
-    log-probs out, where the engine drew from another distribution (top-p and the like).
+    `logprobs` [B, C] and `means` [B, N, H] are the pass's, `attention_mask` [B, T] its mask. Log-probs are compared
+    before repetition penalty and cut.
     """
     width = logprobs.shape[1]
     start = attention_mask.shape[1] - width
     recorded, chosen = torch.zeros_like(logprobs), torch.zeros_like(logprobs, dtype=torch.bool)
     for row, rollout in enumerate(rollouts):
-        recorded[row, : len(rollout.logprobs)] = rollout.logprobs.to(recorded)
+        recorded[row, : len(rollout.logprobs)] = rollout.uncut_logprobs.to(recorded)
         chosen[row, : len(rollout.forced)] = ~rollout.forced.to(chosen.device)
-    chosen = chosen & attention_mask[:, start:].bool() & torch.full_like(chosen, tokens)
+    chosen = chosen & attention_mask[:, start:].bool()
     own = own_latents(latents, start)
     own = own & attention_mask.gather(1, latents.positions.clamp(min=0)).bool()
     rows = own.nonzero(as_tuple=True)[0]

@@ -365,12 +365,21 @@ def test_in_half_precision_stale_weights_stop_the_run(load_tiny: Any, tmp_path: 
 
 
 def test_swapped_latents_alone_are_noticed(load_tiny: Any, tmp_path: Path) -> None:
-    """Also where tokens cannot be compared, because the engine cut its distribution."""
-    more = {"parity_check": False, "top_p": 0.95, "per_device_train_batch_size": 8}
-    trainer = make_trainer(*opening(load_tiny), tmp_path, kind=Swapped, **more)
+    """Also where no token was chosen, so that there is no log-prob to compare."""
+
+    class Forced(Swapped):
+        def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+            made = super()._generate_single_turn(*args, **kwargs)
+            self._turn.rollouts = [replace(r, forced=torch.ones_like(r.forced)) for r in self._turn.rollouts]
+            return made
+
+    more = {"parity_check": False, "per_device_train_batch_size": 8}
+    trainer = make_trainer(*opening(load_tiny), tmp_path, kind=Forced, **more)
     with pytest.raises(UserError, match="of latents, relative to their norm"):
         trainer.train()
     assert trainer._metrics["train"]["latent/replay_logp_diff"] == [0.0]
+    with pytest.raises(UserError, match="of log-probs"):  # under a cut they can be compared all the same
+        make_trainer(*opening(load_tiny), tmp_path, kind=Swapped, top_p=0.95, **more).train()
 
 
 def test_latents_that_are_left_out_stop_the_run(load_tiny: Any, tmp_path: Path) -> None:
