@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from rl_lvr.answers import boxed, extract, text_of
+from rl_lvr.answers import boxes, extract, text_of
 
 Spans = Sequence[Mapping[str, Any]]
 
@@ -24,34 +24,42 @@ def well_formed(
     """1 for a well-formed completion, `without` for one that has no latent span, `wrong` for a malformed one.
 
     Well-formed: every span of `spans` is closed, there is one answer and it is not empty, and each tag named in
-    `blocks`, such as think, stands there once, closed, filled, in this order and before the answer. LanteRn
-    (2603.25629) gives 0.5 `without`.
+    `blocks`, such as think, stands there once, closed, filled, in this order and before the answer. Latents fill a
+    block as text does. LanteRn (2603.25629) gives 0.5 `without`.
     """
     values = []
     for completion, found in zip(completions, spans, strict=True):
         good = all(span["status"] == "closed" for span in found) and _text_is_good(
-            text_of(completion), answer_in, blocks
+            text_of(completion), answer_in, blocks, [span.get("at") for span in found if span["latents"]]
         )
         values.append((1.0 if found else without) if good else wrong)
     return values
 
 
-def _text_is_good(text: str, answer_in: str, blocks: Sequence[str]) -> bool:
+def _text_is_good(text: str, answer_in: str, blocks: Sequence[str], latents_at: Sequence[int | None]) -> bool:
+    """`latents_at`: characters of `text` before each span with latents."""
+    end = 0
+    for name in blocks:
+        inside = _only(name, text)
+        if inside is None or inside.start() < end:
+            return False
+        latents = [at for at in latents_at if at is not None and inside.start(1) <= at <= inside.end(1)]
+        if not latents and not inside[1].strip():
+            return False
+        end = inside.end()
     tagged = re.search(r"</?answer>", text, re.IGNORECASE) is not None
-    wanted = list(blocks)
     if answer_in == "tags" or (answer_in == "any" and tagged):
-        wanted.append("answer")
-    elif answer_in == "boxed" or (answer_in == "any" and boxed(text)):
-        if not any(content.strip() for content in boxed(text)):
-            return False
-    elif not extract(text, "line"):
-        return False
-    at = 0
-    for name in wanted:
-        tags = list(re.finditer(rf"<(/?){re.escape(name)}>", text, re.IGNORECASE))
-        if [tag[1] for tag in tags] != ["", "/"] or tags[0].start() < at:
-            return False
-        if not text[tags[0].end() : tags[1].start()].strip():
-            return False
-        at = tags[1].end()
-    return True
+        answer = _only("answer", text)
+        return answer is not None and answer.start() >= end and bool(answer[1].strip())
+    found = boxes(text)
+    if answer_in == "boxed" or found:
+        return len(found) == 1 and found[0].start >= end and found[0].closed and bool(found[0].content.strip())
+    return bool(extract(text[end:], "line"))
+
+
+def _only(name: str, text: str) -> re.Match[str] | None:
+    """The block `name`, if its tags stand there once, in their order."""
+    tags = re.findall(rf"<(/?){re.escape(name)}>", text, re.IGNORECASE)
+    if tags != ["", "/"]:
+        return None
+    return re.search(rf"<{re.escape(name)}>(.*)</{re.escape(name)}>", text, re.IGNORECASE | re.DOTALL)

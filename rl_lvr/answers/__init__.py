@@ -1,8 +1,24 @@
 """From a completion to its answer, and whether it is the reference: the one rule of rewards and evaluation.
 
-Free of torch. Nothing here imports the rest of rl_lvr.
+Free of torch. Of rl_lvr nothing else is imported here.
 """
 
-from rl_lvr.answers.matching import Kind, Source, boxed, correct, extract, text_of
+from rl_lvr.answers.extraction import Source, boxed, boxes, extract
+from rl_lvr.answers.matching import Kind, Match, correct, kind_of, match, matches
+from rl_lvr.answers.plain import text_of
+from rl_lvr.answers.verdict import Verdict
 
-__all__ = ["Kind", "Source", "boxed", "correct", "extract", "text_of"]
+__all__ = [
+    "Kind",
+    "Match",
+    "Source",
+    "Verdict",
+    "boxed",
+    "boxes",
+    "correct",
+    "extract",
+    "kind_of",
+    "match",
+    "matches",
+    "text_of",
+]

@@ -1,113 +1,87 @@
-"""From a completion to its answer, and whether two answers agree.
-
-The rule that finds an answer moves results, so it is an option of every reward that needs it (`source`, `kind`).
-"""
+"""Whether a completion gives the reference answer: right, wrong, unreadable or unscored."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from fractions import Fraction
-from typing import Any, Literal, cast
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from rl_lvr.answers.letters import letter
-from rl_lvr.answers.mathematics import LONGEST, same_mathematics
+from rl_lvr.answers.extraction import Found, Source, find
+from rl_lvr.answers.letters import is_only_a_letter, letter, lists_options
+from rl_lvr.answers.mathematics import formula, mathematics_is, same_mathematics
+from rl_lvr.answers.numbers import is_only_a_number, read_number, read_quantity, same_quantity
+from rl_lvr.answers.plain import bare, plain, text_of
+from rl_lvr.answers.texts import text_is
+from rl_lvr.answers.verdict import Verdict
 
-Source = Literal["any", "tags", "boxed", "line"]
 Kind = Literal["auto", "choice", "numeric", "exact", "math"]
 
-_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
-_BOX = r"\boxed{"
-_FORMULA = re.compile(r"(?<!\\)\$\$?(.+?)(?<!\\)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
-_STRONG = re.compile(r"(?<![\w)])\*\*(?=\S)(.+?)(?<=\S)\*\*(?![\w(])")
-"""Not the power of Python."""
-_STATED = re.compile(r".*\b(?:is|are|be|equals?|answer\s*:)(?:\s*:)?\s+(?=\S)", re.DOTALL | re.IGNORECASE)
-_WORDS = re.compile(r"(?<![\\{A-Za-z])[A-Za-z]{2,}[:,]?\s")
-_PLAIN = str.maketrans({"\u2212": "-", "\u2013": "-"})
-_NUMBER = re.compile(
-    r"(?<![\w^.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d{1,30}|(?=\.\d))(?:\.\d{1,30})?(?:[eE][-+]?\d{1,2})?(?:\s*/\s*\d{1,30})?"
-    r"(?!\d|\.\d)"
-)
+_LABELLED = re.compile(r"(?:([A-Z])[).:]|\(([A-Z])\)|\[([A-Z])\])\s+(\S.*)", re.DOTALL)
+"""A reference such as "B. red"."""
+_NUMBERS = re.compile(r"[(\[{]?\s*[-+]?[\d.]+\s*(?:,\s*[-+]?[\d.]+\s*)+[)\]}]?")
+_RELATION = re.compile(r"(?=.*\d)(?=.*[a-z<>=\u2264\u2265])(?!.*[a-z]{2})[\d.a-z+\-*/()=<>\u2264\u2265\s]+")
+"""x > 5, x = 5, 2x + 1."""
+_WORDS = re.compile(r"[^\W\d_]{2,40}(?:[\s-]+[^\W\d_]{1,40})*")
+_COMMON = frozenset(["a", "an", "the", "of", "in", "on", "at", "to", "by", "and", "or"])
 
 
-def text_of(message: Any) -> str:
-    """The text of a completion or prompt: a string, or TRL's conversational form, a list of messages."""
-    if isinstance(message, str):
-        return message
-    if isinstance(message, Mapping):
-        return text_of(message["content"]) if "content" in message else str(message.get("text", ""))
-    return "\n".join(part for part in map(text_of, message or ()) if part)
+@dataclass(frozen=True)
+class Match:
+    """One completion held against its reference."""
+
+    verdict: Verdict
+    text: str | None = None
+    """Where the answer was looked for; None if there was no such place."""
+
+    @property
+    def right(self) -> bool | None:
+        """None where it is unscored; what is unreadable is not right."""
+        return None if self.verdict is Verdict.UNSCORED else self.verdict is Verdict.RIGHT
 
 
-def extract(text: str, source: Source = "any") -> str | None:
-    """The last answer in `text`: in answer tags, in \\boxed{}, or its last line; `any` tries them in this order."""
-    if source in ("any", "tags"):
-        found = _TAG.findall(text)
-        if found or source == "tags":
-            return found[-1].strip() if found else None
-    if source in ("any", "boxed"):
-        boxes = boxed(text)
-        if boxes or source == "boxed":
-            return boxes[-1].strip() if boxes else None
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else None
+def match(
+    completion: Any, reference: str | None, kind: Kind = "auto", source: Source = "any", tolerance: float = 1e-6
+) -> Match:
+    """Hold `completion` against `reference`.
 
-
-def boxed(text: str) -> list[str]:
-    """What stands in every \\boxed{...} whose braces are balanced."""
-    found = []
-    begin = text.find(_BOX)
-    while begin >= 0:
-        depth, at = 1, begin + len(_BOX)
-        while at < len(text) and depth:
-            depth += {"{": 1, "}": -1}.get(text[at], 0)
-            at += 1
-        if depth == 0:
-            found.append(text[begin + len(_BOX) : at - 1])
-        begin = text.find(_BOX, begin + len(_BOX))
-    return found
-
-
-def normalise(answer: str) -> str:
-    """Case, surrounding punctuation and runs of white space do not count."""
-    return " ".join(answer.casefold().split()).strip(" .,:;!?\"'()[]")
-
-
-def number(text: str) -> Fraction | None:
-    """The last number in `text`, exactly: 1,234.5, 3/4, 1e-3. Units and percent signs do not count."""
-    found = _NUMBER.findall(text.translate(_PLAIN).replace("{,}", ","))
-    if not found:
-        return None
-    top, _, bottom = found[-1].replace(",", "").replace(" ", "").partition("/")
-    if bottom and int(bottom) == 0:
-        return None
-    return Fraction(top) / (int(bottom) if bottom else 1)
-
-
-def formula(text: str) -> str:
-    """The mathematics in an answer that may be a sentence: the last one between dollars or the like, or what follows
-    "is" or a colon. A text without words is one formula.
+    Args:
+        completion: Text, or a list of messages.
+        reference: The right answer; None leaves the completion unscored.
+        kind: choice (a letter), numeric, exact (text), math (LaTeX), or auto, which looks at the reference.
+        source: Where the answer stands: tags, boxed, line (the last), or any, which tries them in this order.
+        tolerance: Relative tolerance of numbers.
     """
-    text = text.strip()
-    if len(text) > LONGEST or not _WORDS.search(text):
-        return text
-    text = _STRONG.sub(r"\1", text)
-    found = _FORMULA.findall(text)
-    if found:
-        return next(filter(None, found[-1])).strip(" .")
-    stated = _STATED.match(text)
-    piece = text[stated.end() :] if stated else text
-    return piece.rstrip(" .") if piece.count("{") == piece.count("}") else text
+    if reference is None or not reference.strip():
+        return Match(Verdict.UNSCORED)
+    reference = plain(reference).strip()
+    kind = kind_of(reference) if kind == "auto" else kind
+    if not _readable(reference, kind):
+        return Match(Verdict.UNSCORED)
+    found = find(text_of(completion), source)
+    if found is None:
+        return Match(Verdict.UNREADABLE)
+    if kind == "choice":
+        return Match(_choice(found, reference), found.text)
+    text = _announcing(found, kind)
+    if kind == "exact":
+        return Match(Verdict.of(text_is(text, reference)), text)
+    if kind == "math":
+        if _WORDS.fullmatch(bare(reference)):
+            return Match(Verdict.of(text_is(text, reference)), text)
+        return Match(mathematics_is(text, reference, tolerance), text)
+    return Match(_numeric(text, found.formal, reference, tolerance), text)
 
 
-def kind_of(gold: str) -> Kind:
-    """What `auto` takes a reference answer for: one letter, a number, LaTeX, or a text."""
-    bare = gold.strip().strip("()[]. ")
-    if re.fullmatch(r"[A-Z]", bare):
-        return "choice"
-    if _NUMBER.fullmatch(bare):
-        return "numeric"
-    return "math" if re.search(r"[\\^$]", gold) else "exact"
+def matches(
+    completions: Sequence[Any],
+    answer: Sequence[str | None],
+    kind: Kind = "auto",
+    source: Source = "any",
+    tolerance: float = 1e-6,
+) -> list[Match]:
+    """Hold each completion against its reference, as `match` does."""
+    return [match(*pair, kind, source, tolerance) for pair in zip(completions, answer, strict=True)]
 
 
 def correct(
@@ -118,26 +92,81 @@ def correct(
     tolerance: float = 1e-6,
 ) -> list[bool | None]:
     """Whether each completion gives the reference answer; None where there is no reference, or none can be read."""
-    return [
-        None if gold is None else _agree(extract(text_of(completion), source), gold, kind, tolerance)
-        for completion, gold in zip(completions, answer, strict=True)
-    ]
+    return [found.right for found in matches(completions, answer, kind, source, tolerance)]
 
 
-def _agree(given: str | None, gold: str, kind: Kind, tolerance: float) -> bool | None:
-    kind = kind_of(gold) if kind == "auto" else kind
-    if kind in ("choice", "numeric"):
-        read = cast(Callable[[str], Any], letter if kind == "choice" else number)
-        wanted = read(gold)
-        if wanted is None:
-            return None
-        if kind == "numeric" and given is not None and "\\" in re.sub(r"\\[%$]", "", given):
-            return same_mathematics(gold, formula(given))
-        found = None if given is None else read(given)
-        if found is None or kind == "choice":
-            return bool(found == wanted)
-        return bool(abs(found - wanted) <= Fraction(tolerance) * abs(wanted))
+def kind_of(reference: str) -> Kind:
+    """What `auto` takes a reference for: a letter with or without its text, a number with or without a unit, LaTeX or a
+    list of numbers, else a text.
+    """
+    text = plain(reference).strip()
+    inside = bare(text).strip("()[]. ")
+    if re.fullmatch(r"[A-Z]", inside) or _LABELLED.fullmatch(bare(text)):
+        return "choice"
+    quantity = read_quantity(text)
+    if re.fullmatch(r"\d+0s", text):  # the 1990s
+        return "exact"
+    if quantity is not None and not re.search(r"\^|frac", text):
+        words = [word for word in quantity.words if word.casefold() not in _COMMON]
+        if len(words) <= 1 and all(word.islower() for word in words):
+            return "numeric"
+    if _NUMBERS.fullmatch(text) or _RELATION.fullmatch(text):
+        return "math"
+    latex = re.search(r"[\\^$]", re.sub(r"\\text\s*\{([^{}\\$^]*)\}", r"\1", text))
+    return "math" if latex else "exact"
+
+
+def _readable(reference: str, kind: Kind) -> bool:
+    if kind == "choice":
+        return _labelled(reference) is not None or letter(reference) is not None
+    if kind == "numeric":
+        return read_number(reference, formal=True) is not None
+    return True
+
+
+def _labelled(reference: str) -> tuple[str, str] | None:
+    found = _LABELLED.fullmatch(bare(reference))
+    return (found[1] or found[2] or found[3], found[4]) if found else None
+
+
+def _choice(found: Found, reference: str) -> Verdict:
+    labelled = _labelled(reference)
+    wanted = labelled[0] if labelled else letter(reference)
+    given = _letter_in(found)
+    if given is None and labelled:
+        return Verdict.RIGHT if text_is(_announcing(found, "exact"), labelled[1]) else Verdict.UNREADABLE
+    return Verdict.of(None if given is None else given == wanted)
+
+
+def _letter_in(found: Found) -> str | None:
+    """The letter of a formal answer; of a text that of its last line, or the last that it states."""
+    if found.formal or not found.whole or is_only_a_letter(found.text):
+        return letter(found.text)
+    if found.earlier is not None:
+        stated = letter(found.whole, stated=True)
+        if stated is not None:
+            return stated
+    if lists_options(found.whole):
+        return letter(found.whole, stated=True)
+    return letter(found.text) or letter(found.whole, stated=True)
+
+
+def _announcing(found: Found, kind: Kind) -> str:
+    """The last line, or the one before it that announces the answer. A number alone in the last line needs none."""
+    if found.earlier is None or (kind in ("numeric", "math") and is_only_a_number(found.text)):
+        return found.text
+    return found.earlier
+
+
+def _numeric(text: str, formal: bool, reference: str, tolerance: float) -> Verdict:
+    gold, given = read_number(reference, formal=True), read_number(text, formal)
     if given is None:
-        return False
-    same = normalise(given) == normalise(gold)
-    return same if same or kind == "exact" else same_mathematics(gold, formula(given))
+        return Verdict.UNREADABLE
+    assert gold is not None
+    if gold.quantity is not None and given.quantity is not None:
+        return Verdict.of(same_quantity(gold.quantity, given.quantity, tolerance))
+    expression = given.expression if given.quantity is None else formula(text)
+    if gold.quantity is None or re.search(r"[\\^!\u221a]", given.expression):
+        verdict = same_mathematics(reference, expression or text)
+        return Verdict.WRONG if verdict is Verdict.UNREADABLE else verdict
+    return Verdict.WRONG

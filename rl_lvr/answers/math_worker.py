@@ -1,4 +1,4 @@
-"""Runs as a script: pairs of LaTeX expressions come in as JSON lines, and true, false or null goes out."""
+"""Runs as a script: pairs of LaTeX expressions come in as JSON lines, and a verdict on each goes out."""
 
 from __future__ import annotations
 
@@ -33,9 +33,12 @@ def main() -> None:
     for line in sys.stdin:
         signal.alarm(ALARM)
         gold, given = map(read, json.loads(line))
-        equal = None if not gold else bool(given) and verify(gold, given, timeout_seconds=None)
+        if gold and given:
+            verdict = "right" if verify(gold, given, timeout_seconds=None) else "wrong"
+        else:
+            verdict = "unreadable" if gold else "unscored"
         signal.alarm(0)
-        print(json.dumps(equal), file=answers, flush=True)
+        print(json.dumps(verdict), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -141,7 +141,10 @@ def _measure(arguments: argparse.Namespace, conditions: Sequence[Intervention], 
         out.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     for condition in (condition.value for condition in conditions):
         figure = summary[condition]
-        print(f"{condition:14} {found.undefined[condition] if figure is None else format(figure, '.4f')}")
+        if figure is None:
+            print(f"{condition:14} {found.undefined[condition]}")
+        else:
+            print(f"{condition:14} {figure:.4f}   unreadable {summary['unreadable'][condition]:.4f}")
     for name, mean in found.signals.items():
         print(f"{name:14} {'-' if mean is None else format(mean, '.4f')}")
     print(f"{'records':14} {summary['n']}")

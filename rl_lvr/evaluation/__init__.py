@@ -1,1 +1,1 @@
-"""Answer matching, and accuracy under interventions."""
+"""Accuracy under interventions."""

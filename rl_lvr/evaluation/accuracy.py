@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rl_lvr.answers import Verdict, match
 from rl_lvr.data.encoding import Collator, Encoded
 from rl_lvr.data.targets import target_vectors
 from rl_lvr.errors import UserError
-from rl_lvr.evaluation.matching import matches
 from rl_lvr.latents.format import FormatIds
 from rl_lvr.latents.inject import input_embeddings
 from rl_lvr.latents.interventions import Intervention
@@ -28,11 +28,21 @@ class Scored:
 
     rollouts: list[Rollout]
     texts: list[str]
-    right: list[bool]
+    verdicts: list[Verdict]
+
+    @property
+    def right(self) -> list[bool]:
+        return [verdict is Verdict.RIGHT for verdict in self.verdicts]
 
     @property
     def accuracy(self) -> float:
+        """The share of all answers that are right; an unreadable one is not."""
         return sum(self.right) / len(self.right)
+
+    @property
+    def unreadable(self) -> float:
+        """The share of completions out of which no answer can be read."""
+        return sum(verdict is Verdict.UNREADABLE for verdict in self.verdicts) / len(self.verdicts)
 
 
 @dataclass(frozen=True)
@@ -85,7 +95,8 @@ class AnswerSet:
     def score(self, rollouts: list[Rollout], markers: FormatIds) -> Scored:
         """Texts without spans and special tokens, and whether each gives the record's answer."""
         texts = [completion_text(r.completion_ids, self.tokenizer, markers).strip() for r in rollouts]
-        return Scored(rollouts, texts, [matches(t, a) for t, a in zip(texts, self.answers, strict=True)])
+        verdicts = [match(text, answer).verdict for text, answer in zip(texts, self.answers, strict=True)]
+        return Scored(rollouts, texts, verdicts)
 
     @torch.no_grad()
     def answer(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from rl_lvr.answers import Verdict
 from rl_lvr.data.check import require_valid
 from rl_lvr.data.encoding import Encoder
 from rl_lvr.data.records import load_records
@@ -39,16 +40,25 @@ class Evaluation:
     """Means over the completions with own latents that have a value; None if none has."""
 
     def summary(self) -> dict[str, Any]:
-        """Accuracies by condition, null where there is none, and how many records they stand on."""
+        """Accuracies by condition, null where there is none, how many records they stand on, and by condition the share
+        of unreadable answers."""
         found = {name: s.accuracy for name, s in self.scored.items()}
-        return {"n": len(self.records), **found, **dict.fromkeys(self.undefined), **self.signals}
+        unreadable = {"unreadable": {name: s.unreadable for name, s in self.scored.items()}}
+        return {"n": len(self.records), **found, **dict.fromkeys(self.undefined), **self.signals, **unreadable}
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per record and condition."""
         return [
-            {"id": record, "condition": name, "answer": answer, "text": text, "right": right}
+            {
+                "id": record,
+                "condition": name,
+                "answer": answer,
+                "text": text,
+                "right": verdict is Verdict.RIGHT,
+                "verdict": verdict.value,
+            }
             for name, s in self.scored.items()
-            for record, answer, text, right in zip(self.records, self.answers, s.texts, s.right, strict=True)
+            for record, answer, text, verdict in zip(self.records, self.answers, s.texts, s.verdicts, strict=True)
         ]
 
 

@@ -80,10 +80,12 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
-def span_facts(rollout: Rollout, markers: FormatIds) -> list[dict[str, Any]]:
+def span_facts(rollout: Rollout, markers: FormatIds, tokenizer: Any = None) -> list[dict[str, Any]]:
     """Spans of a completion: `begin` and `stop` count its tokens, `latents` those that were fed, `status` is closed,
-    broken or truncated (latents/spans.py); a marker that belongs to no span is one with status stray."""
+    broken or truncated (latents/spans.py); a marker that belongs to no span is one with status stray. With a
+    `tokenizer` also `at`: how many characters of the completion's text stand before it."""
     from rl_lvr.latents.spans import find_spans
+    from rl_lvr.latents.text import completion_text
 
     offset = len(rollout.prompt_ids)
     fed = set(rollout.latent_positions)
@@ -103,6 +105,9 @@ def span_facts(rollout: Rollout, markers: FormatIds) -> list[dict[str, Any]]:
         for p in found.stray
         if p >= offset
     ]
+    if tokenizer is not None:
+        for fact in facts:
+            fact["at"] = len(completion_text(rollout.completion_ids[: fact["begin"]], tokenizer, markers))
     return sorted(facts, key=lambda fact: fact["begin"])
 
 
@@ -115,7 +120,7 @@ def recorded(rollout: Rollout, tokenizer: Any, markers: FormatIds, **known: Any)
         "marked": readable(rollout, tokenizer, markers),
         "prompt_ids": list(rollout.prompt_ids),
         "completion_ids": list(rollout.completion_ids),
-        "spans": span_facts(rollout, markers),
+        "spans": span_facts(rollout, markers, tokenizer),
         "log_kept_mass": None if rollout.uncut is None else [round(x, 6) for x in rollout.log_kept_mass.tolist()],
         "stop_reason": rollout.stop_reason.value,
         "seed": rollout.seed,

@@ -237,6 +237,7 @@ class LatentAccuracy(TrainerCallback):
         with self.trainer.accelerator.autocast():
             found = self.questions.answer(self.engine, self.trainer.model, self.conditions, self.sampling)
         figures = {f"latent/accuracy_{name}": result.accuracy for name, result in found.scored.items()}
+        figures |= {f"latent/unreadable_{name}": result.unreadable for name, result in found.scored.items()}
         own = found.scored.get(Intervention.OWN.value)
         if own is not None:
             figures["latent/rate"] = sum(bool(len(r.latents)) for r in own.rollouts) / len(own.rollouts)

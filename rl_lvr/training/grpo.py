@@ -434,7 +434,7 @@ class LatentGRPOTrainer(CheckedGRPO):
         groups = [(first + row) // size for row in range(len(prompts))]
         if self._rolls_out_again:
             turn.again = self._roll_out_again(turn)
-        columns = made_columns(self.specs, turn, self.markers, groups)
+        columns = made_columns(self.specs, turn, self.markers, groups, self._tokenizer)
         columns |= {name: column.values for name, column in turn.columns.items()}
         clash = sorted(set(columns) & set(inputs[0]))
         if clash:

@@ -32,13 +32,13 @@ def require_columns(specs: Sequence[RewardSpec], *, without_latents: bool = Fals
 
 
 def made_columns(
-    specs: Sequence[RewardSpec], turn: Turn, markers: FormatIds, groups: Sequence[int]
+    specs: Sequence[RewardSpec], turn: Turn, markers: FormatIds, groups: Sequence[int], tokenizer: Any
 ) -> dict[str, list[Any]]:
     """Those of `MADE_BY_TRAINER` that some reward takes."""
     wanted = {name for spec in specs for name in spec.takes}
     columns: dict[str, list[Any]] = {}
     if "spans" in wanted:
-        columns["spans"] = [span_facts(rollout, markers) for rollout in turn.rollouts]
+        columns["spans"] = [span_facts(rollout, markers, tokenizer) for rollout in turn.rollouts]
     if "group" in wanted:
         columns["group"] = list(groups)
     if "stop_reason" in wanted:

@@ -84,12 +84,14 @@ def test_evaluate_prints_a_table_and_keeps_every_answer(tmp_path: Path, capsys: 
     arguments = ["lab", "evaluate", str(tmp_path / "out"), "--data", str(data / "test.parquet"), "--max-tokens", "8"]
     assert cli.main([*arguments, "--conditions", "own, noise,none", "--out", str(tmp_path / "t.json")]) == 0
     found = json.loads((tmp_path / "t.json").read_text())
-    assert set(found) == {"n", "own", "noise", "none"}
+    assert set(found) == {"n", "own", "noise", "none", "unreadable"}
     rows = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
     assert len(rows) == 3 * 12
     for name in ("own", "noise", "none"):
         mine = [row["right"] for row in rows if row["condition"] == name]
         assert sum(mine) / len(mine) == found[name]
+        unread = [row["verdict"] == "unreadable" for row in rows if row["condition"] == name]
+        assert sum(unread) / len(unread) == found["unreadable"][name]
     assert f"{'own':14} {found['own']:.4f}" in capsys.readouterr().out
 
     assert cli.main([*arguments, "--out", str(tmp_path / "t.json")]) == 2

@@ -64,10 +64,34 @@ def test_format_of_spans() -> None:
         ("<a>1</a><b>2</b> red", {"blocks": ["a", "b"]}, True),
         ("<b>2</b><a>1</a> red", {"blocks": ["a", "b"]}, False),
         ("<a>1<b>2</a></b> red", {"blocks": ["a", "b"]}, False),
+        (r"\boxed{A} \boxed{B}", {}, False),
+        (r"\boxed{A} so \boxed{A}", {"answer_in": "boxed"}, False),
+        (r"\boxed{B} \boxed{", {}, False),
+        (r"\boxed{B", {}, False),
+        (r"\boxed{\boxed{B}}", {}, True),
+        (r"\boxed{\frac{1}{2}} is it", {}, True),
+        (r"<think>so</think>\boxed{B}", {"blocks": ["think"]}, True),
+        (r"\boxed{B}<think>so</think>", {"blocks": ["think"]}, False),
+        (r"\boxed{B}<think>so</think>\boxed{B}", {"blocks": ["think"]}, False),
+        (r"<think>\boxed{B}</think>", {"blocks": ["think"]}, False),
+        (r"<think>\boxed{B}</think>red", {"blocks": ["think"]}, False),
+        ("<think>so</think>", {"blocks": ["think"]}, False),
+        ("red<think>so</think>", {"blocks": ["think"]}, False),
+        ("<think>so</think>red", {"blocks": ["think"]}, True),
     ],
 )
 def test_format_of_text(text: str, options: dict, good: bool) -> None:
     assert well_formed([text], [[span()]], **options) == [float(good)]
+
+
+def test_latents_fill_a_block() -> None:
+    text, options = "<think> </think><answer>B</answer>", {"blocks": ["think"]}
+    places = {7: 1, 8: 1, 0: 0, 6: 0, 9: 0, 30: 0}
+    for at, score in places.items():
+        assert well_formed([text], [[span() | {"at": at}]], **options) == [score], at
+    assert well_formed([text], [[span(latents=0) | {"at": 7}]], **options) == [0]
+    assert well_formed([text], [[span()]], **options) == [0]
+    assert well_formed([text], [[]], **options) == [0]
 
 
 def test_presence_wants_a_closed_span_with_latents() -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from rewards.accuracy import accuracy
 from rl_lvr.errors import UserError
 from rl_lvr.training.rewarding.guard import RewardError, guard
 
@@ -284,3 +285,10 @@ def test_an_async_reward_that_asks_to_exit_is_an_error(leaves: BaseException) ->
     with pytest.raises(RewardError, match=f"it asked to exit, {type(leaves).__name__}"):
         asyncio.run(guarded(**columns))
     assert asyncio.run(guarded(**columns)) == [1, 1, 1]  # its loop has survived
+
+
+def test_a_reward_learns_its_own_label() -> None:
+    logged: dict[str, float] = {}
+    columns = {"completions": ["B", "I don't know"], "answer": ["B", "B"], "log_metric": logged.__setitem__}
+    assert guard(accuracy, "letters")(**columns) == [1, 0]
+    assert logged == {"rewards/letters/unreadable": 0.5}

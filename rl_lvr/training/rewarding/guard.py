@@ -136,6 +136,7 @@ class _Guarded:
 
     def _arguments(self, columns: dict[str, Any]) -> dict[str, Any]:
         """What the reward is called with. A column that is missing is the recipe's fault, and not a sample's."""
+        columns = {**columns, "reward_name": self.name}
         lacking = sorted(self.signals - set(columns))
         if lacking:
             raise UserError(
@@ -235,11 +236,13 @@ class _Loop:
     def __init__(self, name: str) -> None:
         self._name = name
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._starting = threading.Lock()
 
     def start(self, reward: Callable[..., Any], arguments: dict[str, Any]) -> concurrent.futures.Future[Any]:
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            threading.Thread(target=self._loop.run_forever, name=f"reward {self._name}", daemon=True).start()
+        with self._starting:  # calls that run side by side share one loop
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=self._loop.run_forever, name=f"reward {self._name}", daemon=True).start()
         return asyncio.run_coroutine_threadsafe(_without_exit(reward, arguments), self._loop)
 
 

@@ -12,7 +12,17 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from rl_lvr.errors import UserError, near_miss
 
 FROM_TRAINER = frozenset(
-    ("prompts", "completions", "completion_ids", "texts", "trainer_state", "log_extra", "log_metric", "environments")
+    (
+        "prompts",
+        "completions",
+        "completion_ids",
+        "texts",
+        "trainer_state",
+        "log_extra",
+        "log_metric",
+        "environments",
+        "reward_name",
+    )
 )
 """Arguments that are never columns of the data."""
 _PLAIN = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}

@@ -1,0 +1,770 @@
+"""Phrasings of answers with the wanted verdict, by kind. Each line: reference|verdict|completion; ⏎ is a new line.
+
+A verdict is right, wrong or unreadable: no answer can be read out of the completion.
+"""
+
+LETTER = r"""
+B|right|B
+B|right|(b)
+B|right|B. red
+C|right|[C]
+D|right|The answer is D.
+A|right|option: (A)
+B|right|\boxed{B}
+B|right|\text{B}
+B|right|\textbf{(B)}
+B|right|\mathrm{B}
+B|right|**B**
+B|right|__B__
+B|right|$B$
+B|right|\(B\)
+B|right|The answer is **B**.
+B|right|**Answer:** B
+B|right|**Answer: B**
+B|right|Answer: B. red
+B|right|Answer: B) red
+B|right|answer: b
+B|right|ANSWER: (b)
+B|right|Answer: B red
+B|right|Option B
+B|right|Option B.
+B|right|Option B: red
+B|right|option (B)
+B|right|**Option B** - red
+B|right|The correct answer is (B) red.
+B|right|The correct answer is option B.
+B|right|The correct option is B, red.
+B|right|The answer is $\boxed{\text{B}}$.
+C|right|I think B is wrong, the answer is C
+C|right|I think B is wrong, the answer is C.
+B|right|The answer is A. Wait, the answer is B.
+B|right|The answer is B, not A.
+B|right|The answer is B, not option A.
+B|right|The answer is B and not C.
+B|right|The answer is B because A is blue.
+A|right|The answer is A because it is red.
+A|right|The answer is A.
+A|right|My answer is A!
+B|right|B!
+A|right|So the answer is A, since it is red
+A|right|A. A cat
+B|right|B - red
+B|right|B is correct.
+C|right|B is wrong and C is correct.
+C|right|(C) is the right answer.
+B|right|Not option A but option B.
+B|right|B. A red cell
+C|right|C. I, II and III
+D|right|Therefore, I choose option D
+C|right|The answer is C. Option B is wrong.
+B|right|The final answer is: B
+B|right|The answer to this question is (B) red.
+B|right|The answer is therefore B.
+B|right|The answer is "B".
+B|right|The answer is 'B'.
+A|right|the answer is a
+C|right|Final Answer: \(\boxed{C}\)
+E|right|The answer must be E.
+C|right|The best choice is C
+B|right|The answer is B⏎red
+B|unreadable|A cat sits on the mat
+B|unreadable|A cat
+B|unreadable|red
+B|unreadable|AB
+B|unreadable|I think so
+B|unreadable|the answer is Dog
+B|unreadable|Neither A nor B
+B|unreadable|Neither A nor B is correct.
+B|unreadable|The answer is not B
+B|unreadable|The answer isn't B.
+B|unreadable|The answer is a cat
+B|unreadable|Answer: A cat sits on the mat.
+B|unreadable|Answer: I think so
+B|unreadable|The answer is A or B
+B|unreadable|The answer is A and B.
+B|unreadable|A or B
+B|unreadable|A, B
+B|unreadable|(A) (B)
+B|unreadable|Answer: A, B, C
+B|unreadable|Answer: A/B
+B|unreadable|Option B is wrong.
+B|unreadable|Option B is not correct.
+B|unreadable|It is not option B.
+B|unreadable|I would rule out option B.
+B|unreadable|Option A is a distractor, option B is blue
+B|unreadable|The wrong answer is B.
+B|unreadable|It is not the case that the answer is B
+B|unreadable|If the answer is B, it is red.
+B|unreadable|the answer is C-shaped
+B|unreadable|Answer: x = 5
+B|unreadable|The answer is E=mc^2
+B|unreadable|The answer is neither A nor B
+B|unreadable|Options: A) red B) blue
+B|unreadable|option A or option B
+B|unreadable|Answer: B or C
+B|unreadable|Either A or B is correct.
+B|unreadable|I'd say the answer
+B|unreadable|The answer lies between B and C
+B|unreadable|Plan B failed
+B|unreadable|The answer is A?
+B|unreadable|Both A and B are correct!
+B|unreadable|Vitamin C
+B|unreadable|Answer: B is wrong.
+B|unreadable|I, for one, am lost
+B|unreadable|The answer is A-
+B|unreadable|a red cell
+B|unreadable|The first option is A) red
+B|unreadable|As option B says, red.
+E|right|I choose E
+B|right|Hence, B.
+B|right|答案是B
+B|right|答案：Ｂ
+C|right|正确选项是（C）。
+C|right|正确答案是：C
+B|right|故选B。
+C|right|因此选择 C
+B|right|因此，答案为Ｂ。
+B|right|选B
+B|right|正解はBです
+B|right|答えは(B)です。
+B|right|정답은 B입니다
+B|right|정답: B
+B|unreadable|答案不是B
+B|unreadable|答案是A还是B
+B|right|B是正确的
+B|unreadable|B不正确
+B|right|选项B
+B|unreadable|不选B
+C|right|选项B不对，选C
+B|unreadable|A或B
+B|unreadable|A) red B) blue C) green
+B|unreadable|A. red B. blue
+B|unreadable|Answer: A) red B) blue C) green
+B|unreadable|(A) red (B) blue
+B|right|Answer: B) red, not A) blue
+B|unreadable|A) It is red B) It is blue
+B|right|The answer is (B) and (C) is wrong
+C|right|Based on the picture, C.
+B|right|The butterfly has a closed wing, so B
+B|right|So B.
+B|right|Therefore, the answer is option B
+B|right|It's B.
+B|right|It must be (b).
+C|right|I'd go with C
+D|right|I would pick (D) here
+B|right|I'll go with B, because it is red
+B|right|Let's go with B
+B|unreadable|I would not choose B
+B|unreadable|I wouldn't pick B.
+B|unreadable|I can't choose B
+B|unreadable|I don't think it's B.
+B|unreadable|So A is out
+B|unreadable|Not B.
+B|right|**B** is right
+B|right|The one on the left is **(B) red**.
+B|unreadable|**A** red **B** blue
+B|right|Answer - B
+B|right|Answer → B
+B|right|Ans: B
+B|right|Ans. B
+B|right|Final answer B
+B|right|B is the answer
+C|right|The answer is B. Wait, actually it's C.
+C|right|The answer is B? No, C.
+B|unreadable|everything but B
+B|unreadable|None of the above
+E|right|The answer should be E, none of these
+B|right|(Ｂ)
+B|right|Ⓑ
+B|right|"B"
+B|right|B)
+B|right|B:
+B|right|[B]
+B|right|$\boxed{\mathrm{B}}$
+B|right|\textbf{B}
+B|right|$\textbf{B}$
+B|right|~~A~~ B
+B|right|The correct one is B
+C|right|the best option is (c)
+B|unreadable|Maybe B, maybe C
+B|unreadable|B or maybe C
+B|unreadable|I am torn between B and C
+B|unreadable|A, C
+I|right|I
+A|right|A
+B|unreadable|I see a cat
+B|unreadable|A person
+B|unreadable|Answer: A person
+B|unreadable|Answer: none
+B|unreadable|The answer is in B
+B|right|I think it is B
+B|right|I believe B is correct
+B|right|option b
+C|right|My guess is C.
+B|right|The answer is not A but B.
+B|right|Answer: B (red)
+B|right|Answer:B
+B|right|answer is:B
+B|right|The answer is⏎B
+B|right|> **Answer:** `B`
+B|unreadable|Answer: (A) and (B)
+B|unreadable|A and B
+B|unreadable|Both A and C
+B|unreadable|A/B
+B|unreadable|Neither
+E|right|E.
+E|right|The answer would be (E)
+E|right|the letter is E
+C|right|So the answer is C) green
+B|right|B, since it is red
+B|right|B because it is red
+B|unreadable|In the image, A is red, B is blue.
+B|unreadable|A is larger than B.
+B|unreadable|Is it A?
+B|right|The answer could be B.
+B|unreadable|All of the above
+B|right|答案：B，因为它是红色的
+B|right|答案选B
+C|right|我选择C
+D|right|我选（D）
+B|unreadable|选项A和B
+C|right|应该选C。
+B|right|正确的是B
+B|right|B。
+B|unreadable|答案是 B 或 C
+B|unreadable|这是一只猫
+B|right|Bです
+B|wrong|C
+B|wrong|(c)
+B|wrong|The answer is **C**.
+B|wrong|\boxed{\text{C}}
+B|wrong|I choose E
+B|wrong|Hence, D.
+B|wrong|答案是C
+B|wrong|答案：Ｃ
+B|wrong|正确选项是（A）。
+B|wrong|C. red
+B|wrong|Option A
+B|wrong|A is correct.
+B|wrong|The answer is B. Wait, actually it's C.
+B|wrong|The answer is not B but A.
+B|wrong|B is wrong and C is correct.
+B|wrong|Not option B but option D.
+B|wrong|<answer>A</answer>
+B|wrong|\boxed{B} then \boxed{D}
+B|wrong|<answer>B</answer> no, <answer>C</answer>
+B|wrong|<think>The answer is B.</think>The answer is C.
+B|right|<answer>B
+B|right|<answer> B⏎
+B|right|<answer>(B) red
+B|right|<think>Is it A? No.</think><answer>B
+B|right|<answer>\boxed{B}</answer>
+B|right|<answer>The answer is B.</answer>
+B|right|\boxed{B
+B|right|\boxed{\textbf{(B) red}}
+B|right|\boxed{\text{Option B}}
+B|right|$\boxed{B}$ is my answer, not A.
+B|right|\fbox{B}
+B|right|\boxed B
+B|right|<answer></answer>\boxed{B}
+B|right|I put it in <answer> tags.⏎<answer>B</answer>
+B|right|A) red B) blue C) green⏎The answer is B.
+B|right|The answer is B.⏎It is on the left of the cat.
+B|right|The answer is B.⏎⏎Hope this helps!
+B|right|Answer:⏎B
+B|right|**Answer:**⏎⏎**(B)** red
+B|right|## Answer⏎B
+B|right|First, A looks too small.⏎C is too big.⏎So the answer is B
+B|right|A is 3 cm, B is 5 cm and C is 2 cm. Therefore, the longest is B.
+B|right|<think>It might be A or C.</think>⏎B
+B|right|It might be A.</think>⏎B
+B|right|<think>\boxed{B}</think>
+B|right|\boxed{A}⏎Wait, no: \boxed{B}
+B|right|<answer> B </answer><|im_end|>
+B|right|( ( <answer> B </answer>
+B|right|Ｂ
+B|right|（Ｂ）
+B|right|<b>B</b>
+(B)|right|B
+Ｂ|right|B
+B. red|right|B
+B. red|right|red
+B. red|right|The answer is red.
+B. red|right|B. red
+B. red|wrong|A
+B. red|wrong|A. red
+B. red|unreadable|blue
+(B) red|right|**B**
+B|unreadable|The answer is red.
+B|unreadable|<answer></answer>
+B|unreadable|<think>The answer is B.
+B|unreadable|\boxed{}
+B|unreadable|\boxed{A} or \boxed{B}
+B|unreadable|\boxed{A}, \boxed{B}
+B|unreadable|<answer>A or B</answer>
+B|unreadable|<answer>A) red B) blue C) green</answer>
+B|unreadable|I don't know.
+B|unreadable|A) red⏎B) blue⏎C) green
+B|unreadable|( ( ( ( (
+B|unreadable|答案不是B。
+B|unreadable|选项有：A. 红色 B. 蓝色 C. 绿色
+"""
+"""A reference of kind choice."""
+
+TEXT = r"""
+red|right|red
+red|right|Red.
+red|right|RED
+red|right|\boxed{\text{red}}
+red|right|\boxed{red}
+red|right|\text{red}
+red|right|\mathrm{red}
+red|right|$\text{red}$
+red|right|\textbf{\text{red}}
+red|right|**red**
+red|right|*red*
+red|right|__red__
+red|right|`red`
+red|right|"red"
+red|right|“red”
+red|right|(red)
+red|right|<answer>red</answer>
+red|right|<answer>**red**</answer>
+red|right|<answer>red
+red|right|<answer>The answer is red.</answer>
+red|right|The answer is red.
+red|right|The answer is **red**.
+red|right|The color is **red**.
+red|right|**Answer:** red
+red|right|**Answer: red**
+red|right|Answer: red.
+red|right|Answer:⏎red
+red|right|Final answer: \boxed{\text{red}}.
+red|right|The answer is: "red"
+red|right|The answer is not blue but red.
+red|right|The answer is red, not blue.
+red|right|red, not blue
+red|right|The answer is red because the cell is warm.
+red|right|The car is red.
+red|right|It's red.
+red|right|So, it is red.
+red|right|I think it is red.
+red|right|It looks red.
+red|right|B. red
+red|right|(B) red
+red|right|Answer: (B) red
+red|right|ｒｅｄ
+red|right|答案是red
+red|right|答案：red。
+红色|right|答案是红色。
+红色|right|红色
+红色|right|答案：**红色**
+赤|right|答えは「赤」
+red|right|The answer is red.⏎The cell on the left is warm.
+red|right|<think>Maybe blue.</think>red
+red|right|\boxed{blue}⏎No: \boxed{red}
+red|right|~~blue~~ red
+red|right|### red
+red|right|- red
+red|right|the red
+the cat|right|cat
+a cat|right|the cat
+top left|right|top-left
+top-left|right|Top left
+light blue|right|The answer is **light-blue**.
+New York|right|new  york
+café|right|café
+(1, 2)|right|(1,2)
+(1, 2)|right|\boxed{(1,2)}
+None of the above|right|None of the above.
+none|right|none
+not red|right|not red
+red or blue|right|red or blue
+unknown|right|unknown
+yes|right|Yes
+yes|right|Yes, the cat is on the left.
+yes|right|Yes. It is.
+yes|right|yes!
+yes|right|The answer is yes.
+yes|right|The answer is yes, because it is red.
+yes|right|<answer>Yes</answer>
+yes|right|**Yes**, it is.
+yes|right|So yes.
+no|right|No
+no|right|No, it is not red.
+no|right|The answer is no.
+no|right|\boxed{\text{No}}
+true|right|True.
+true|right|The statement is true.
+true|right|The answer is: True
+false|right|False, since it is blue.
+false|right|The statement is false.
+yes|wrong|No
+yes|wrong|No, yes would be too much to say.
+yes|wrong|The answer is no.
+no|wrong|Yes, it is.
+true|wrong|The statement is false.
+true|wrong|yes
+false|wrong|True
+red|wrong|blue
+red|wrong|red cell
+red|wrong|reddish
+red|wrong|dark red
+red|wrong|\boxed{\text{blue}}
+red|wrong|**blue**
+red|wrong|The answer is blue.
+red|wrong|The answer is blue, not red.
+red|wrong|The answer is not red but blue.
+red|wrong|The **red** car is blue.
+red|wrong|The red car is blue.
+red|wrong|The answer is red and blue
+red|wrong|<answer>blue</answer> red
+red|wrong|red⏎blue
+red|wrong|\boxed{red} No: \boxed{blue}
+red|wrong|答案是blue
+红色|wrong|答案是蓝色。
+red|wrong|A. blue
+red|wrong|blue, since red is too warm
+red|wrong|<think>red</think>blue
+left|wrong|right
+top left|wrong|left
+red|wrong|r e d
+red|wrong|infrared
+red|wrong|5
+(1, 2)|wrong|(2, 1)
+red|unreadable|
+red|unreadable|<answer></answer>
+red|unreadable|\boxed{}
+red|unreadable|<think>red
+red|unreadable|...
+red|unreadable|I don't know.
+red|unreadable|I cannot determine the color.
+red|unreadable|Sorry, I can't tell.
+red|unreadable|N/A
+red|unreadable|unclear
+red|unreadable|not red
+red|unreadable|The answer is not red.
+red|unreadable|It is not red.
+red|unreadable|It isn't red.
+red|unreadable|None of them is red.
+red|unreadable|If it is red.
+red|unreadable|red or blue
+red|unreadable|red/blue
+red|unreadable|either red or blue
+red|unreadable|The answer is red or blue.
+red|unreadable|The answer is red?
+red|unreadable|\boxed{red} or \boxed{blue}
+red|unreadable|A) red B) blue C) green
+red|unreadable|The wrong answer is red.
+yes|unreadable|Yes and no.
+yes|unreadable|yes or no
+red|unreadable|In this picture we see many cells of many colours, and red among them somewhere
+red|unreadable|答案不是red
+"""
+"""A reference of kind exact."""
+
+NUMBER = r"""
+5|right|5
+50%|right|50
+50%|right|0.5
+50%|right|1/2
+50%|right|50 percent
+50%|right|50 per cent
+50%|wrong|5
+50|right|50%
+0.5|right|50%
+5 cm|right|5
+5 cm|right|5 cm
+5 cm|right|5cm
+5 cm|right|5 centimeters
+5 cm|wrong|5 m
+5 cm|right|50 mm
+5 cm|right|0.05 m
+5 cm|right|The length is 5 cm.
+5 cm|wrong|The length is 5 metres.
+5|right|5 cm
+5|right|5 m
+10|wrong|10^5
+100000|right|10^5
+10|wrong|10^{5}
+10|wrong|10⁵
+3|wrong|3x
+3|wrong|3 x
+5|wrong|x>5
+5|wrong|x > 5
+5|right|x = 5
+5|right|x=5
+5|right|y = x = 5
+5|wrong|x \geq 5
+5|wrong|x ≠ 5
+5|wrong|5 < x
+5|wrong|at least 5
+5|wrong|more than 5
+5|wrong|5 or more
+5|wrong|3-5
+5|wrong|3–5
+5|wrong|3 to 5
+5|wrong|between 3 and 5
+5|wrong|from 3 to 5
+5|unreadable|3 or 5
+5|unreadable|either 3 or 5
+5|unreadable|not 5
+5|unreadable|the answer is not 5
+5|unreadable|It isn't 5.
+6|right|It is not 5 but 6
+5|right|5, not 6
+5|unreadable|5 is wrong
+-5|right|-5
+-5|right|−5
+-5|right|minus 5
+-5|right|negative 5
+5|wrong|-5
+-5|wrong|5
+-5|right|(-5)
+-5|right|x = -5
+-5|right|x=-5
+-5|right|= -5
+5|wrong|8 - 3
+5|wrong|3 + 2
+7|right|3 + 4 = 7
+5|right|5.0
+5|right|5.
+0.5|right|.5
+0.75|right|3/4
+0.75|right|\frac{3}{4}
+0.75|right|\dfrac34
+0.75|right|6/8
+1.5|right|1 1/2
+1.5|right|1\frac{1}{2}
+2.5|right|2½
+0.5|right|½
+1234|right|1,234
+1234|right|1{,}234
+1234|right|1\,234
+1234|right|1 234
+1234567|right|1,234,567
+1234567|right|1 234 567
+12|wrong|1,2
+5000|right|5 thousand
+5e6|right|5 million
+2000|right|2 \times 10^3
+2000|right|2×10³
+0.002|right|2e-3
+25|right|5^2
+25|right|5²
+5|right|$5$
+5|right|\$5
+5|right|$5
+$5|right|5
+$5|right|5 dollars
+$5|wrong|€5
+$5|right|$5
+5|right|\(5\)
+5|right|**5**
+5|right|There are 5 apples on 3 tables.
+7|right|So 3 apples plus 4 apples gives 7.
+5|right|There are 3 cats and 2 dogs, so 5 animals.
+5|right|The answer is 5, since 3+2=5
+7|right|The answer is 7 because 3 + 2 = 5 and 5+2=7
+42|right|So the answer is 42!
+42|right|42!
+345|wrong|3:45
+45|wrong|3:45
+3|unreadable|3.45.2
+5|wrong|(3, 5)
+5|wrong|[3, 5]
+5|wrong|3, 5
+5|wrong|3 and 5
+5|unreadable|five
+5|unreadable|none
+5|wrong|f(5)
+5|wrong|x_5
+5|wrong|x5
+5|wrong|5i
+5|wrong|5\pi
+4|right|\sqrt{16}
+120|wrong|5!
+5|right|about 5
+5|right|≈5
+5|right|x ≈ 5
+5|right|approximately 5
+5|wrong|5 ± 1
+90°|right|90
+90|right|90^\circ
+90|right|90 degrees
+90°|right|90^{\circ}
+25 cm^2|right|25 cm²
+25 cm^2|right|25 square centimeters
+25 cm^2|wrong|25 cm
+60 km/h|right|60 km/h
+60 km/h|right|60 kilometers per hour
+60 km/h|right|60
+60 km/h|wrong|60 m/s
+2 hours|right|120 minutes
+6 apples|right|6
+6 apples|right|6 apples
+6 apples|right|6 red apples
+6 apples|wrong|6 oranges
+6 apples|right|There are 6 apples in the picture.
+3|right|答案是3
+3|right|答案是3个
+3|right|答案：３
+3|right|一共有3只猫。
+12|right|共有１２个
+3|unreadable|答案不是3
+3|wrong|5 in total
+5|right|5 in total
+5 in|right|5 inches
+5|right|5 of them
+5|right|The value of x is 5.
+5|right|I count 5.
+5|right|Total: 5
+5|wrong|1. 5
+5|right|Answer: $x = 5$
+5|right|The area is $3 \times 4 - 7 = 5$.
+16|right|The result is 4^2 = 16.
+5|right|5 (five)
+5|right|n=5 cells
+1000|right|1e3
+10|right|1e1
+99999999|right|99,999,999
+5|right|5 = x
+0|right|0
+0|right|-0
+5|right|+5
+5|right|"5"
+5|right|Level 5
+5|wrong|A5
+5|wrong|5th
+12|right|12 o'clock
+5|wrong|2 + 3x
+5|wrong|5x + 2
+5|wrong|5 + x
+5|wrong|5*x
+5|wrong|5/x
+5|wrong|x/5
+3|wrong|3n
+3|wrong|3y+2
+5|wrong|5 <= x <= 7
+5|right|\{5\}
+5|right|5\%
+7|right|7 cells, 3 of them red
+5|right|<answer>5
+5|right|\boxed{5}
+5|right|\boxed{5 \text{ cm}}
+5 cm|right|\boxed{5}
+5 cm|right|\boxed{5\,\mathrm{cm}}
+5 cm|wrong|\boxed{5\,\mathrm{m}}
+50%|right|\boxed{50}
+50%|right|\boxed{50\%}
+10|wrong|\boxed{10^5}
+3|wrong|\boxed{3x}
+5|wrong|\boxed{x>5}
+5|wrong|\boxed{x \ge 5}
+5|right|The answer is 5.⏎I checked it 3 times.
+5|right|Step 1: there are 3.⏎Step 2: there are 2 more.⏎5
+5|right|<think>3 + 4 = 7?</think>5
+5|wrong|\boxed{5}⏎No: \boxed{6}
+5|unreadable|\boxed{5} or \boxed{6}
+120|right|\boxed{5!}
+5|wrong|\boxed{5!}
+5|unreadable|
+5|unreadable|I cannot count them.
+5|unreadable|The answer is five.
+5|unreadable|<think>5
+7|unreadable|seven
+７|right|7
+"""
+"""A reference of kind numeric."""
+
+MATHS = r"""
+\frac{1}{2}|right|0.5
+\frac{1}{2}|right|\boxed{\frac12}
+\frac{1}{2}|right|\dfrac{1}{2}
+\frac{1}{2}|right|It follows.⏎The answer is 1/2.
+\frac{1}{2}|right|50\%
+x^2+2x+1|right|$(x+1)^2$
+x^2+1|right|So the function is x^2+1.
+x^2+1|right|The answer is $x^2 + 1$, since $x^2 > 0$.
+2\pi|right|Answer: **$2\pi$**
+\pi|right|\boxed{\pi}
+\sqrt{2}|right|\boxed{\sqrt{2}}
+\sqrt{8}|right|2\sqrt{2}
+2\sqrt{3}|right|The length is $2\sqrt{3}$.
+\{1, 2\}|right|2, 1
+(1, 2)|right|\boxed{(1,2)}
+(1, 2)|right|(1,2)
+(1, 2)|right|\left(1, 2\right)
+(1, 2)|right|1, 2
+(1, 2)|right|The point is $(1, 2)$.
+(1, 2)|right|The coordinates are (1.0, 2).
+(1, 2)|right|(x, y) = (1, 2)
+(\frac{1}{2}, 3)|right|(0.5, 3)
+[0, 5)|right|[0,5)
+(-\infty, 3]|right|\left(-\infty, 3\right]
+x>5|right|5<x
+x>5|right|x > 5
+x \ge 5|right|\boxed{x\geq 5}
+x=5|right|5
+5|right|x=5
+10^5|right|100000
+10^5|right|10^{5}
+10^5|right|10⁵
+42|right|So the area is $42\text{ cm}^2$.
+42|right|There are **42** cells.
+0.5|right|The answer is $\frac{1}{2}$.
+5\text{ cm}|right|5
+5\text{ cm}|right|5 cm
+\text{red}|right|\boxed{\text{red}}
+\text{red}|right|red
+$5$|right|5
+-\frac{3}{4}|right|-0.75
+-\frac{3}{4}|right|−3/4
+1,000|right|1000
+1, 2|right|x = 1 or x = 2
+1, 2|right|\boxed{1}, \boxed{2}
+\frac{\sqrt{3}}{2}|right|<answer>\frac{\sqrt{3}}{2}
+e^{2}|right|e^2
+3x|right|\boxed{3x}
+\frac{1}{2}|wrong|\frac{1}{3}
+\frac{1}{2}|wrong|2
+\frac{1}{2}|wrong|It is not $\frac{1}{2}$ but $\frac{1}{3}$.
+\frac{1}{2}|wrong|-\frac{1}{2}
+x^2|wrong|x^3
+\pi|wrong|The answer is $2\pi$.
+\pi|wrong|3
+\pi|unreadable|__import__('os')
+(1, 2)|wrong|(2,1)
+(1, 2)|wrong|2, 1
+(1, 2)|wrong|[1,2]
+(1, 2)|wrong|(1,2,3)
+(1, 2)|wrong|12
+(1, 2)|wrong|1
+[0, 5)|wrong|(0,5)
+[0, 5)|wrong|[0,5]
+[0, 5)|wrong|[0,6)
+x>5|wrong|x<5
+x>5|wrong|x \ge 5
+x>5|wrong|5
+x=5|wrong|x=6
+10^5|wrong|10
+10^5|wrong|10^4
+3x|wrong|3
+3x|wrong|x^3
+5\text{ cm}|wrong|5\text{ m}
+\{1, 2\}|wrong|\{1, 3\}
+1, 2|wrong|1
+\sqrt{2}|wrong|2
+\sqrt{2}|wrong|1.4
+\text{red}|wrong|\text{blue}
+2^{10}|wrong|20
+4|wrong|The answer is 42.
+\pi|unreadable|I don't know.
+\pi|unreadable|
+\pi|unreadable|\boxed{}
+\pi|unreadable|The answer is not $\pi$.
+\frac{1}{2}|unreadable|It is not \frac{1}{2}.
+\pi|unreadable|There is none.
+\pi|unreadable|<think>\pi
+"""
+"""A reference of kind math."""
