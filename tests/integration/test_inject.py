@@ -255,8 +255,9 @@ def test_gradients_to_latents_equal_finite_differences(case: Case) -> None:
         slope = (loss(case.latents.values + step * direction) - loss(case.latents.values - step * direction)) / (
             2 * step
         )
-        assert slope == pytest.approx(float((gradient * direction).sum()), rel=1e-3)
-        assert slope != pytest.approx(float((gradient.flip(1) * direction).sum()), rel=1e-2)  # the control
+        size = float(gradient.norm())  # of a slope in a common direction; one across the gradient is nearly zero
+        assert slope == pytest.approx(float((gradient * direction).sum()), rel=0, abs=1e-3 * size)
+        assert slope != pytest.approx(float((gradient.flip(1) * direction).sum()), rel=0, abs=1e-2 * size)  # the control
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -300,12 +301,15 @@ def test_gradients_to_the_model_equal_those_of_the_reference(case: Case) -> None
     seen(case.batch, logits).square().mean().backward()
     seen(case.batch, case.logits()).square().mean().backward()
     expected = {name: parameter.grad for name, parameter in other.named_parameters()}
+    # The gradient of a key bias is zero in exact arithmetic: what rounding leaves is small next to the model's largest.
+    largest = max(float(gradient.abs().max()) for gradient in expected.values() if gradient is not None)
     for name, parameter in case.model.named_parameters():
         if parameter.grad is None:
             assert expected[name] is None, name
             continue
         wanted = expected[name][: len(parameter)]  # without the rows of the latents
-        assert torch.allclose(parameter.grad, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max())), name
+        room = max(1e-4 * float(wanted.abs().max()), 1e-6 * largest)
+        assert torch.allclose(parameter.grad, wanted, rtol=1e-3, atol=room), name
     gradient = input_embeddings(case.model).weight.grad
     assert gradient[case.markers.start].abs().max() > 0
     assert gradient[case.markers.slot].abs().max() == 0  # a latent stands on every slot
