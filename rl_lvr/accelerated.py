@@ -37,6 +37,7 @@ def launch_words(verb: str, words: Sequence[str]) -> list[str] | None:
             raise UserError(f"--{next(iter(ours))} goes with --{FLAG}: name ddp, zero2, zero3 or a file.")
         return None
     file, named = config_file(wanted)
+    _refuse_repeats(file)
     count = [ALL_GPUS] if named and "num_processes" not in ours else []
     options = [part for name, value in ours.items() for part in (f"--{name}", value)]
     return [*count, "--config_file", str(file), *options, "-m", "rl_lvr.cli", verb, *rest]
@@ -53,6 +54,27 @@ def config_file(wanted: str) -> tuple[Path, bool]:
         known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml"))) or f"none, as {CONFIGS} is missing"
         raise UserError(f"no accelerate config {wanted!r}; there are {known}. A file of your own is named by its path.")
     return file, True
+
+
+def _refuse_repeats(file: Path) -> None:
+    """accelerate takes the last of repeated keys, in its file and in the DeepSpeed file that this names."""
+    import yaml
+
+    from rl_lvr.settings_files import read_yaml, refuse_repeats_in_json
+
+    where = f"accelerate config {file}"
+    try:
+        text = file.read_text(encoding="utf-8")
+        if file.suffix == ".json":
+            refuse_repeats_in_json(text, where)
+            return
+        values = read_yaml(text, where)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"accelerate config {file} is not valid YAML: {' '.join(str(error).split())}") from error
+    plugin = values.get("deepspeed_config") if isinstance(values, dict) else None
+    named = plugin.get("deepspeed_config_file") if isinstance(plugin, dict) else None
+    if isinstance(named, str) and Path(named).is_file():
+        refuse_repeats_in_json(Path(named).read_text(encoding="utf-8"), f"DeepSpeed config {named}")
 
 
 def start(words: Sequence[str]) -> NoReturn:

@@ -16,6 +16,10 @@ import yaml
 from trl import TrlParser
 
 from rl_lvr.errors import UserError, near_miss
+from rl_lvr.settings_files import read_yaml, refuse_repeats_in_json
+
+_JSON_FILES = ("deepspeed", "fsdp_config", "accelerator_config")
+"""Settings of transformers that may name a file of JSON."""
 
 
 class _Parser(TrlParser):
@@ -35,9 +39,20 @@ def parse_recipe(dataclass_types: Sequence[type], argv: Sequence[str]) -> tuple[
     known = {f.name: f for cls in dataclass_types for f in dataclasses.fields(cls) if f.init}
     for key in recipe:
         _check_name(key, known, f"recipe {where}: unknown key")
+    name = ""
     for flag in argv:
         if flag.startswith("--"):
-            _check_name(flag[2:].partition("=")[0], known, "unknown flag")
+            name = flag[2:].partition("=")[0]
+            _check_name(name, known, "unknown flag")
+        text = flag.partition("=")[2] if flag.startswith("--") else flag
+        if text.lstrip().startswith(("{", "[")):
+            refuse_repeats_in_json(text, f"--{name}")
+
+    given = {**recipe, **_overrides(argv)}
+    for name in _JSON_FILES:
+        path = given.get(name)
+        if isinstance(path, str) and path.endswith(".json") and Path(path).is_file():
+            refuse_repeats_in_json(Path(path).read_text(encoding="utf-8"), f"{name} {path}")
 
     parser = _Parser(dataclass_types=list(dataclass_types), allow_abbrev=False)
     flags, nulls = _as_flags(recipe)
@@ -47,7 +62,7 @@ def parse_recipe(dataclass_types: Sequence[type], argv: Sequence[str]) -> tuple[
     except (ValueError, TypeError) as error:
         # A dataclass's own checks: transformers and TRL raise these with a sentence for the user.
         raise UserError(f"{where or 'flags'}: {' '.join(str(error).split())}") from error
-    return parsed, {**recipe, **_overrides(argv)}
+    return parsed, given
 
 
 def split_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -69,7 +84,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"no recipe at {path}.")
     try:
-        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
+        recipe = read_yaml(file.read_text(encoding="utf-8"), f"recipe {path}")
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path} is no valid YAML: {' '.join(str(error).split())}") from error
     if recipe is None:

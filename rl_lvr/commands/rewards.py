@@ -146,13 +146,17 @@ async def _await(scores: Any) -> Any:
 def _options(given: Sequence[str]) -> dict[str, Any]:
     import yaml
 
-    options = {}
+    from rl_lvr.settings_files import read_yaml
+
+    options: dict[str, Any] = {}
     for text in given:
         name, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"--option {text!r} is not of the form KEY=VALUE.")
+        if name in options:
+            raise UserError(f"--option {name} is given twice: keep one of the two.")
         try:
-            options[name] = yaml.safe_load(value)
+            options[name] = read_yaml(value, f"--option {name}")
         except yaml.YAMLError as error:
             raise UserError(f"--option {text!r} is no valid YAML.") from error
     return options

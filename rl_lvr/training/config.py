@@ -12,15 +12,19 @@ from rl_lvr.training import settings
 from rl_lvr.training.faults import LossSettings
 from rl_lvr.training.objectives import parse_objective
 from rl_lvr.training.settings import (
+    CHOICES,
     Defaults,
     RunSettings,
     check_run,
     refuse_unused,
     require_at_least,
     require_choice,
+    require_words,
     settle_device,
 )
 
+LOSSES = ("nll", "dft", "chunked_nll")
+"""Of TRL."""
 SCHEDULES = ("constant", "linear", "cosine")
 WITH_RECORDS = {
     "assistant_only_loss": "the assistant's last turn is what is learned",
@@ -97,6 +101,7 @@ class LatentSFTConfig(LossSettings, Defaults, SFTConfig):
     def check(self) -> None:
         """Refuse what cannot be in the settings that are added to TRL's."""
         self.check_faults()
+        require_words(self, CHOICES | {"loss_type": LOSSES})
         require_choice(self, "latent_weight_schedule", SCHEDULES)
         for name in ("own_latents", "own_latents_start", "own_latents_end"):
             if not 0 <= getattr(self, name) <= 1:

@@ -219,6 +219,32 @@ class Idle:
             _log.warning("no group's rewards differ in this generation batch, so it teaches nothing (said once)")
 
 
+class Unopened:
+    """Notices generation batches in a row in which no completion opened a span: latents are not trained then."""
+
+    PATIENCE = 2
+    """Batches."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._seen = False
+        self._said: set[bool] = set()
+
+    def note(self, rate: float) -> str | None:
+        """What to say about `latent/rate` of a batch, over all processes; each of two sentences comes once."""
+        self._count = 0 if rate > 0 else self._count + 1
+        self._seen = self._seen or rate > 0
+        if self._count < self.PATIENCE or self._seen in self._said:
+            return None
+        self._said.add(self._seen)
+        what = "the model no longer starts a latent span" if self._seen else "the model never starts a latent span"
+        return (
+            f"{what}: latent/rate was 0 in {self._count} generation batches in a row, so no latent takes part in the "
+            "training. Begin with a checkpoint that latent SFT has taught to open spans, raise temperature, or reward "
+            "answers with latents (on_rollout: {without_latents: stop} ends such a run)."
+        )
+
+
 def _anywhere(accelerator: Accelerator, flag: bool) -> bool:
     return bool(accelerator.gather(torch.tensor([flag], device=accelerator.device)).any())
 

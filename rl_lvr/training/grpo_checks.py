@@ -18,7 +18,7 @@ from rl_lvr.latents.format import FormatIds, LatentFormat
 from rl_lvr.latents.text import ControlTokens
 from rl_lvr.rollout.replay import check_parity
 from rl_lvr.rollout.types import Sampling
-from rl_lvr.training.faults import agree
+from rl_lvr.training.faults import Unopened, agree
 from rl_lvr.training.grpo_config import WITH_LATENTS, LatentGRPOConfig
 from rl_lvr.training.grpo_pass import own_latents
 from rl_lvr.training.grpo_phases import TimedGRPO
@@ -135,7 +135,12 @@ class CheckedGRPO(TimedGRPO):
         own = own_latents(latents, start)
         counts = own.sum(1)
         norms = latents.values[own].float().norm(dim=-1)
-        self._add_mean(mode, "latent/rate", float((counts > 0).sum()), len(counts))
+        rate = self._add_mean(mode, "latent/rate", float((counts > 0).sum()), len(counts))
+        assert self.markers is not None
+        if mode == "train" and self.markers.format.feedback != "none":
+            warning = self._unopened.note(rate or 0.0)
+            if warning is not None and self.accelerator.is_main_process:
+                _log.warning("%s", warning)
         self._add_mean(mode, "latent/count", float(counts.sum()), len(counts))
         self._add_mean(mode, "latent/norm", float(norms.sum()), len(norms))
 
@@ -181,11 +186,16 @@ class CheckedGRPO(TimedGRPO):
         total, count = self.accelerator.gather(mine).sum(0).tolist()
         return total / count if count else None
 
-    def _add_mean(self, mode: str, name: str, total: float, count: int) -> None:
+    @cached_property
+    def _unopened(self) -> Unopened:
+        return Unopened()
+
+    def _add_mean(self, mode: str, name: str, total: float, count: int) -> float | None:
         """A metric that is a mean over all processes; nothing where nothing was counted."""
         mean = self._mean_of_all(total, count)
         if mean is not None:
             self._metrics[mode][name].append(mean)
+        return mean
 
     def _add_max(self, mode: str, name: str, value: float) -> None:
         mine = torch.tensor([value], device=self.accelerator.device)

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from trl import GRPOConfig
 
 from rl_lvr.errors import UserError, near_miss
 from rl_lvr.latents.density import Law
 from rl_lvr.training.faults import RolloutSettings
-from rl_lvr.training.settings import Defaults, settle_device
+from rl_lvr.training.settings import CHOICES, Defaults, require_words, settle_device
 
+TRL_CHOICES: dict[str, tuple[Any, ...]] = {
+    "loss_type": ("grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"),
+    "importance_sampling_level": ("token", "sequence"),
+    "scale_rewards": ("group", "batch", "none", True, False),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+    "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+    "vllm_mode": ("colocate", "server"),
+}
+"""What TRL looks at in the first loss, after a whole generation batch."""
 POLICIES = ("context", "unrolled", "gaussian", "spherical")
 _ENGINE = "the trainer's engine generates: its options are in docs/engines.md"
 WITH_LATENTS = {
@@ -125,6 +135,7 @@ class LatentGRPOConfig(RolloutSettings, Defaults, GRPOConfig):
             raise UserError(f"rollout_batch is {self.rollout_batch}; it must be at least 1.")
         if self.scoring_batch is not None and self.scoring_batch < 1:
             raise UserError(f"scoring_batch is {self.scoring_batch}; it must be at least 1.")
+        require_words(self, CHOICES | TRL_CHOICES)
         self._check_policy()
         self.check_faults()
 

@@ -18,7 +18,7 @@ from rl_lvr.data.records import Records, load_records
 from rl_lvr.data.sources import locate
 from rl_lvr.training.conduct import Run, conduct
 from rl_lvr.training.config import WITHOUT_EFFECT, SFTRecipe
-from rl_lvr.training.settings import freeze_vision
+from rl_lvr.training.settings import freeze_vision, read_eval_file
 from rl_lvr.training.sft import LatentSFTTrainer
 from rl_lvr.training.start import (
     adapter_of,
@@ -46,9 +46,9 @@ def train_sft(config: SFTRecipe, model_config: ModelConfig, given: dict[str, Any
         train = _encoded(records, encoder, config, checked[config.train_file])
         evaluation: Sequence[Encoded] = ()
         questions = None
-        if config.eval_file:
-            records = load_records(config.eval_file)
-            evaluation = _encoded(records, encoder, config, checked[config.eval_file])
+        if (file := read_eval_file(config)) is not None:
+            records = load_records(file)
+            evaluation = _encoded(records, encoder, config, checked[file])
             if config.latent_eval_steps:
                 questions = questions_of(records, evaluation, encoder, config)
 
@@ -70,8 +70,8 @@ def train_sft(config: SFTRecipe, model_config: ModelConfig, given: dict[str, Any
 def _checked(config: SFTRecipe, encoder: Encoder) -> dict[str, Report]:
     """The reports of the data files. Answers are learned from train_file, and losses of eval_file may be asked for."""
     learned = {config.train_file: True}
-    if config.eval_file:
-        learned[config.eval_file] = learned.get(config.eval_file, False) or config.eval_strategy != "no"
+    if (file := read_eval_file(config)) is not None:
+        learned[file] = learned.get(file, False) or config.eval_strategy != "no"
     judges = {
         file: partial(encoder.judge, learned=yes, room=config.latent_eval_max_tokens) for file, yes in learned.items()
     }

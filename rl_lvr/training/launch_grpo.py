@@ -27,7 +27,7 @@ from rl_lvr.training.grpo_columns import require_columns
 from rl_lvr.training.grpo_recipe import WITHOUT_EFFECT, GRPORecipe
 from rl_lvr.training.rewarding.options import FROM_TRAINER
 from rl_lvr.training.rewards import MADE_BY_TRAINER, RewardSpec, load_rewards, signals_of
-from rl_lvr.training.settings import freeze_vision
+from rl_lvr.training.settings import freeze_vision, read_eval_file
 from rl_lvr.training.start import (
     adapter_of,
     check_files,
@@ -58,8 +58,8 @@ def train_grpo(config: GRPORecipe, model_config: ModelConfig, given: dict[str, A
     freeze_vision(encoder.family, model, tower=config.freeze_vision_tower, merger=config.freeze_merger)
     train = prompt_rows(load_records(config.train_file, config.train_limit), judge.meta)
     evaluation = questions = None
-    if config.eval_file:
-        records = load_records(config.eval_file)
+    if (file := read_eval_file(config)) is not None:
+        records = load_records(file)
         if config.eval_strategy != "no":
             evaluation = prompt_rows(records, judge.meta)
         if config.latent_eval_steps:
@@ -121,6 +121,6 @@ def _check_files(config: GRPORecipe, encoder: Encoder, judge: PromptJudge) -> No
     judges: dict[str, Judge] = {config.train_file: judge}
     answered = config.eval_strategy != "no"
     asked = partial(encoder.judge, learned=False, room=config.latent_eval_max_tokens)
-    if config.eval_file and config.eval_file not in judges:
-        judges[config.eval_file] = judge if answered else asked
-    check_files(config, judges, [config.train_file, *([config.eval_file] if config.eval_file and answered else [])])
+    if (file := read_eval_file(config)) is not None and file not in judges:
+        judges[file] = judge if answered else asked
+    check_files(config, judges, [config.train_file, *([file] if file and answered else [])])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rl_lvr.errors import UserError
+from rl_lvr.errors import UserError, near_miss
 from rl_lvr.latents.format import LatentFormat, choose_format
 from rl_lvr.latents.interventions import Intervention
 from rl_lvr.models import Family
@@ -120,6 +120,17 @@ class RunSettings:
         return None
 
 
+def evaluates(config: Any) -> bool:
+    """Whether anything reads eval_file."""
+    return bool(config.latent_eval_steps) or config.eval_strategy != "no"
+
+
+def read_eval_file(config: Any) -> str | None:
+    """eval_file, if anything reads it."""
+    file: str | None = config.eval_file
+    return file if evaluates(config) else None
+
+
 def check_run(config: Any) -> None:
     """Refuse what cannot be in the settings of `RunSettings`, and settle what follows from them."""
     if not config.output_dir:
@@ -134,11 +145,8 @@ def check_run(config: Any) -> None:
     require_at_least(
         config, 1, "latent_eval_samples", "latent_eval_max_tokens", "latent_eval_batch", "train_limit", "threads"
     )
-    evaluates = bool(config.latent_eval_steps) or config.eval_strategy != "no"
-    if evaluates and config.eval_file is None:
+    if evaluates(config) and config.eval_file is None:
         raise UserError("evaluation is asked for but eval_file is missing: name the records to evaluate on.")
-    if config.eval_file is not None and not evaluates:
-        raise UserError("eval_file is set but nothing reads it: set latent_eval_steps or eval_strategy.")
     config.remove_unused_columns = False  # our data sets hold row numbers, which stand for what the model takes
     config.disable_tqdm = True  # callbacks.Progress draws the bar
 
@@ -175,6 +183,24 @@ def require_at_least(config: Any, least: int, *names: str) -> None:
         value = getattr(config, name)
         if value is not None and not value >= least:
             raise UserError(f"{name} is {value}; it must be {'0 or more' if least == 0 else f'at least {least}'}.")
+
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "log_level": ("detail", "debug", "info", "warning", "error", "critical", "passive"),
+    "log_level_replica": ("detail", "debug", "info", "warning", "error", "critical", "passive"),
+    "torch_compile_mode": (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+}
+"""Words that transformers takes without a look and trips over later. TRL's stand beside its configs."""
+
+
+def require_words(config: Any, choices: Mapping[str, tuple[Any, ...]]) -> None:
+    """Refuse other values of the settings named in `choices`, with the nearest that there is."""
+    for name, allowed in choices.items():
+        value = getattr(config, name)
+        if value not in allowed:
+            words = [word for word in allowed if isinstance(word, str)]
+            hint = near_miss(value, words, f"; choose {' or '.join([', '.join(words[:-1]), words[-1]])}.")
+            raise UserError(f"{name} is {value!r}{hint}")
 
 
 def require_choice(config: Any, name: str, allowed: tuple[str, ...]) -> None:

@@ -5,6 +5,7 @@ What can be refused is refused here, before weights are read.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,9 @@ from rl_lvr.models import Family, load_processor, load_weights
 from rl_lvr.models.loading import checkpoint_folder
 from rl_lvr.training.callbacks import StopAt
 from rl_lvr.training.run import open_run
+from rl_lvr.training.settings import evaluates
 
+_log = logging.getLogger(__name__)
 GATHER = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
 
 
@@ -53,6 +56,8 @@ def check_start(
             raise UserError(f"{name} has no effect here ({why}): leave it out.")
     if model_config.use_peft and not (config.freeze_vision_tower and config.freeze_merger):
         raise UserError("adapters leave the vision parts frozen: leave freeze_vision_tower and freeze_merger on.")
+    if config.eval_file is not None and not evaluates(config) and config.process_index == 0:
+        _log.warning("eval_file is set but nothing reads it: set latent_eval_steps or eval_strategy to evaluate.")
     if config.n_gpu > 1:
         raise UserError(
             f"{config.n_gpu} GPUs are visible to one process: start one process for each (--accelerate_config ddp, "

@@ -16,7 +16,7 @@ from rl_lvr.errors import Fault, UserError
 from rl_lvr.latents.format import FormatIds, LatentFormat
 from rl_lvr.latents.interventions import Intervention
 from rl_lvr.rollout.types import Rollout, StopReason
-from rl_lvr.training.faults import RULES, Idle, agree, agreed, kinds_of, rules_of, sort_rollouts, watched
+from rl_lvr.training.faults import RULES, Idle, Unopened, agree, agreed, kinds_of, rules_of, sort_rollouts, watched
 
 START, SLOT, END, TEXT, EOS = 11, 12, 13, 14, 15
 MARKERS = FormatIds(LatentFormat("test", "o", "[", "]", k=2), START, SLOT, END)
@@ -190,3 +190,14 @@ def test_idle_batches_are_counted_in_a_row(caplog: pytest.LogCaptureFixture) -> 
     endless = Idle(None)
     for _ in range(50):
         endless.note(False)
+
+
+def test_a_model_that_opens_no_span_is_named_once() -> None:
+    never = Unopened()
+    said = [never.note(0.0) for _ in range(5)]
+    assert [bool(sentence) for sentence in said] == [False, True, False, False, False]
+    assert "never starts a latent span: latent/rate was 0 in 2 generation batches" in str(said[1])
+    later = Unopened()
+    said = [later.note(rate) for rate in (0.0, 0.5, 0.0, 0.1, 0.0, 0.0, 0.0)]
+    assert [bool(sentence) for sentence in said] == [False] * 5 + [True, False]
+    assert "no longer starts" in str(said[5])

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from pathlib import Path
 
 import pytest
-from trl import ModelConfig
+from trl import GRPOTrainer, ModelConfig
 
+from rl_lvr.accelerated import launch_words
 from rl_lvr.errors import UserError
 from rl_lvr.recipe import parse_recipe, read_recipe, split_config
-from rl_lvr.training.config import SFTRecipe
+from rl_lvr.training.config import LatentSFTConfig, SFTRecipe
+from rl_lvr.training.grpo_config import TRL_CHOICES, LatentGRPOConfig
 from rl_lvr.training.grpo_recipe import GRPORecipe
 from rl_lvr.training.rewards import load_rewards
 
@@ -60,7 +64,6 @@ def test_lists_and_null(recipe: Path) -> None:
         ("latent_objective: mse", "no latent objective 'mse'"),
         ("latent_eval_conditions: [sometimes]", "sometimes"),
         ("latent_eval_steps: 10", "eval_file is missing"),
-        ("eval_file: b.jsonl", "nothing reads it"),
         ("eval_strategy: steps", "eval_file is missing"),
         ("learning_rate: -1", "0 or more"),
         ("label_smoothing_factor: 0.1", "no latents"),
@@ -69,7 +72,9 @@ def test_lists_and_null(recipe: Path) -> None:
     ],
 )
 def test_a_mistake_in_a_recipe_is_one_clear_line(recipe: Path, line: str, words: str) -> None:
-    recipe.write_text(GOOD + line + "\n")
+    name = line.partition(":")[0]
+    kept = [row for row in GOOD.splitlines(keepends=True) if not row.startswith(f"{name}:")]
+    recipe.write_text("".join(kept) + line + "\n")
     with pytest.raises(UserError) as error:
         parse(recipe)
     assert words in str(error.value)
@@ -168,3 +173,72 @@ def test_a_reward_file_lies_here_or_beside_the_recipe(tmp_path: Path, monkeypatc
         load_rewards(["beside.py:one"])
     with pytest.raises(UserError, match=r"no file nowhere\.py, nor .*beside/nowhere\.py"):
         load_rewards(["nowhere.py:one"], beside)
+
+
+REPEATS = {
+    "top": (GOOD + "latent_k: 2\nseed: 1\nlatent_k: 3\n", "'latent_k' stands twice, in lines 6 and 8"),
+    "written with a dash": (GOOD + "latent_k: 2\nlatent-k: 2\n", "'latent-k' stands twice, in lines 6 and 7"),
+    "nested": (GOOD + "lr_scheduler_kwargs:\n  a: 1\n  b: 2\n  a: 1\n", "'a' stands twice, in lines 7 and 9"),
+    "in a list": (GOOD + "rewards:\n  - name: x\n    a: 1\n    a: 2\n", "'a' stands twice, in lines 8 and 9"),
+    "in one line": (GOOD + "lr_scheduler_kwargs: {a: 1, a: 2}\n", "'a' stands twice, in lines 6 and 6"),
+}
+
+
+@pytest.mark.parametrize("case", REPEATS)
+def test_a_repeated_key_is_refused_with_its_lines(recipe: Path, case: str) -> None:
+    text, words = REPEATS[case]
+    recipe.write_text(text)
+    with pytest.raises(UserError, match=words):
+        read_recipe(recipe)
+
+
+def test_merged_keys_may_be_overridden(recipe: Path) -> None:
+    recipe.write_text("base: &base {a: 1, b: 2}\nother: {<<: *base, a: 3}\nmore: *base\n")
+    assert read_recipe(recipe)["other"] == {"a": 3, "b": 2}
+
+
+def test_a_repeated_key_in_json_is_refused(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--lr_scheduler_kwargs: 'a' stands twice in one object"):
+        parse(recipe, "--lr_scheduler_kwargs", '{"a": 1, "a": 2}')
+    config = tmp_path / "ds.json"
+    config.write_text('{"zero_optimization": {"stage": 2,\n\t"stage": 3}}')
+    with pytest.raises(UserError, match=r"deepspeed .*ds\.json: 'stage' stands twice"):
+        parse(recipe, "--deepspeed", str(config))
+
+
+def test_a_repeated_key_of_an_accelerate_config_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "two.yaml"
+    file.write_text("num_processes: 2\nmixed_precision: 'no'\nnum_processes: 4\n")
+    with pytest.raises(UserError, match="'num_processes' stands twice, in lines 1 and 3"):
+        launch_words("sft", ["--accelerate_config", str(file)])
+    file.write_text("num_processes: 2\nmixed_precision: 'no'\n")
+    assert launch_words("sft", ["--accelerate_config", str(file)]) is not None  # control
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "near", "right"),
+    [
+        (LatentGRPOConfig, "loss_type", "dr_gpro", "dr_grpo"),
+        (LatentGRPOConfig, "importance_sampling_level", "tokens", "token"),
+        (LatentGRPOConfig, "scale_rewards", "groups", "group"),
+        (LatentGRPOConfig, "multi_objective_aggregation", "normalise_then_sum", "normalize_then_sum"),
+        (LatentGRPOConfig, "vllm_importance_sampling_mode", "token_truncated", "token_truncate"),
+        (LatentGRPOConfig, "vllm_mode", "colocated", "colocate"),
+        (LatentSFTConfig, "loss_type", "nnl", "nll"),
+        (LatentSFTConfig, "log_level", "warn", "warning"),
+        (LatentSFTConfig, "torch_compile_mode", "reduce_overhead", "reduce-overhead"),
+    ],
+)
+def test_a_word_that_trl_would_trip_over_later_is_refused(tmp_path: Path, kind: type, name: str, near: str, right: str):
+    with pytest.raises(UserError, match=rf"{name} is '{near}'; did you mean '{right}'\?"):
+        kind(output_dir=str(tmp_path), use_cpu=True, **{name: near})
+    kind(output_dir=str(tmp_path), use_cpu=True, **({} if name == "torch_compile_mode" else {name: right}))  # control
+
+
+def test_trl_knows_these_words_and_no_others() -> None:
+    source = inspect.getsource(GRPOTrainer)
+    for name, words in TRL_CHOICES.items():
+        for word in words:
+            assert isinstance(word, bool) or name == "vllm_mode" or f'"{word}"' in source, word
+    compared = re.findall(r'self\.loss_type (?:==|in|!=) (\[[^\]]*\]|"\w+")', source)
+    assert {word for text in compared for word in re.findall(r'"(\w+)"', text)} == set(TRL_CHOICES["loss_type"])
