@@ -239,10 +239,10 @@ def test_rollouts_that_are_left_out_move_nothing(load_tiny: Any, tmp_path: Path)
 
 
 def test_a_rule_may_stop_the_run(load_tiny: Any, tmp_path: Path) -> None:
-    trainer = run_of(load_tiny, tmp_path, on_rollout={"truncated": "stop"}, max_completion_length=4)
+    trainer = run_of(load_tiny, tmp_path, on_rollout={"truncated": "stop"}, max_completion_length=5)
     with pytest.raises(Fault, match="is truncated, and on_rollout says stop"):
         trainer.train()
-    keeps = run_of(load_tiny, tmp_path / "kept", on_rollout={"truncated": "keep"}, max_completion_length=4, max_steps=1)
+    keeps = run_of(load_tiny, tmp_path / "kept", on_rollout={"truncated": "keep"}, max_completion_length=5, max_steps=1)
     keeps.train()
     assert keeps.state.log_history[0]["rollouts/truncated"] > 0
     counted = {f"rollouts/{'excluded_' if rule == 'exclude' else ''}{kind}" for kind, rule in RULES.items()}
