@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from rl_lvr.errors import UserError
+from rl_lvr.finite import CURE, finite
 from rl_lvr.latents.format import LatentFormat
 from rl_lvr.latents.inject import input_embeddings, unwrapped, whole
 
@@ -98,6 +99,9 @@ def _load(module: LatentFeedback, stored: dict[str, Tensor], folder: str | Path 
             f"the weights {NAME}.* in {folder} do not fit the latent format: it needs {needed}, they are {found}. "
             "Use the checkpoint's own format."
         )
+    bad = next((name for name, tensor in stored.items() if not finite([tensor])), None)
+    if bad is not None:
+        raise UserError(f"{NAME}.{bad} in {folder} is not finite (it holds NaN or infinity): {CURE}.")
     module.load_state_dict(stored)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from rl_lvr.errors import UserError
+from rl_lvr.finite import require_finite
 from rl_lvr.models.base import Family
 from rl_lvr.models.registry import family_class
 
@@ -60,15 +61,24 @@ def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> tupl
 
 
 def load_weights(
-    path: str | Path, *, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False, **more: Any
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    trust_remote_code: bool = False,
+    model_class: Any = None,
+    **more: Any,
 ) -> Any:
-    """The model of a checkpoint, in evaluation mode. `more` goes to `from_pretrained`."""
+    """The model of a checkpoint, in evaluation mode. `more` goes to `from_pretrained`.
+
+    `model_class` is that of the model's family unless it is given: then the model may be of any family.
+    """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     folder = checkpoint_folder(path)
     _check_weights(folder)
-    family = family_class(_model_type(folder))
-    model_class: Any = AutoModelForCausalLM if family.text_only else AutoModelForImageTextToText
+    if model_class is None:
+        family = family_class(_model_type(folder))
+        model_class = AutoModelForCausalLM if family.text_only else AutoModelForImageTextToText
     model, loaded = model_class.from_pretrained(
         folder,
         dtype=dtype,
@@ -84,6 +94,7 @@ def load_weights(
             f"the weights in {folder} lack {len(missing)} of the model's parameters, such as {missing[0]}: "
             "the checkpoint is incomplete or belongs to another model class."
         )
+    require_finite(model, f"the model in {folder}, loaded in {str(model.dtype).removeprefix('torch.')},")
     return model.eval()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -51,8 +52,8 @@ class Sampling:
         need(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
         need(self.top_k >= 0, "top_k", "0 (all tokens) or more")
         need(0 <= self.min_p <= 1, "min_p", "between 0 and 1")
-        need(self.repetition_penalty > 0, "repetition_penalty", "above 0")
-        need(self.sigma >= 0, "sigma", "0 or more")
+        need(0 < self.repetition_penalty < math.inf, "repetition_penalty", "above 0 and finite")
+        need(0 <= self.sigma < math.inf, "sigma", "0 or more and finite")
 
     @property
     def distorts(self) -> bool:

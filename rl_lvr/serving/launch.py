@@ -99,6 +99,9 @@ def vllm_arguments(options: ServeOptions, flags: Sequence[str], port: int) -> An
     _refuse(arguments, options)
     from transformers import AutoConfig
 
+    from rl_lvr.finite import require_finite_files
+
+    require_finite_files(folder)
     arguments.model = str(folder)
     arguments.served_model_name = arguments.served_model_name or [options.model]
     arguments.host, arguments.port = options.host, port

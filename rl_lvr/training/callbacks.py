@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import operator
 import re
 import signal
@@ -139,6 +140,8 @@ class StopAt(TrainerCallback):
             self.bound = float(found[3])
         except ValueError as error:
             raise UserError(f"stop_at is {rule!r}: {found[3]!r} is no number.") from error
+        if not math.isfinite(self.bound):
+            raise UserError(f"stop_at is {rule!r}: {found[3]} is not finite.")
 
     def on_log(
         self,

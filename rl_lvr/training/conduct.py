@@ -74,6 +74,7 @@ def _finish(trainer: Any, interrupt: Interrupt) -> int:
             again = f"go on with the same command and --resume_from_checkpoint {'latest' if step else 'auto'}"
             print(f"stopped at step {step} of {last}; {again}", file=sys.stderr)
         return 128 + interrupt.received
+    trainer.require_finite_weights("in the model that training ends with", "use an earlier checkpoint")
     trainer.save_model()
     trainer.save_state()
     where = trainer.save_merged()

@@ -19,6 +19,7 @@ from rl_lvr.training.settings import (
     refuse_unused,
     require_at_least,
     require_choice,
+    require_finite,
     require_words,
     settle_device,
 )
@@ -100,6 +101,7 @@ class LatentSFTConfig(LossSettings, Defaults, SFTConfig):
 
     def check(self) -> None:
         """Refuse what cannot be in the settings that are added to TRL's."""
+        require_finite(self)
         self.check_faults()
         require_words(self, CHOICES | {"loss_type": LOSSES})
         require_choice(self, "latent_weight_schedule", SCHEDULES)

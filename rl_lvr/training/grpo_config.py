@@ -10,7 +10,7 @@ from trl import GRPOConfig
 from rl_lvr.errors import UserError, near_miss
 from rl_lvr.latents.density import Law
 from rl_lvr.training.faults import RolloutSettings
-from rl_lvr.training.settings import CHOICES, Defaults, require_words, settle_device
+from rl_lvr.training.settings import CHOICES, Defaults, require_finite, require_words, settle_device
 
 TRL_CHOICES: dict[str, tuple[Any, ...]] = {
     "loss_type": ("grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"),
@@ -121,6 +121,7 @@ class LatentGRPOConfig(RolloutSettings, Defaults, GRPOConfig):
 
     def check(self) -> None:
         """Refuse what cannot be in the settings that are added to TRL's."""
+        require_finite(self)
         if self.latent_policy not in POLICIES:
             hint = near_miss(self.latent_policy, POLICIES, f"; choose {', '.join(POLICIES)}.")
             raise UserError(f"no latent_policy {self.latent_policy!r}{hint}")

@@ -8,6 +8,7 @@ a step can be given up at any point before its update, and the checkpoint of the
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 import sys
@@ -20,14 +21,16 @@ import torch
 from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
 from rl_lvr.errors import Fault, UserError
+from rl_lvr.finite import first_not_finite
 from rl_lvr.latents.feedback import NAME as FEEDBACK
 from rl_lvr.latents.feedback import restore_feedback
 from rl_lvr.latents.format import FormatIds
+from rl_lvr.latents.inject import unwrapped
 from rl_lvr.models import load_weights
 from rl_lvr.training.callbacks import Abandoned, Interrupt
 from rl_lvr.training.checkpoints import (
@@ -40,6 +43,7 @@ from rl_lvr.training.checkpoints import (
     seal,
     tidy,
 )
+from rl_lvr.training.faults import agree
 from rl_lvr.training.run import run_held
 
 
@@ -82,12 +86,20 @@ class Resumable(Trainer):
         checkpoint = from_main(lambda: self._chosen(resume_from_checkpoint))
         if not any(isinstance(callback, _Boundaries) for callback in self.callback_handler.callbacks):
             self.add_callback(_Boundaries(self))
+        if checkpoint is not None:
+            self._best_so_far(Path(checkpoint))  # refuse now what the end of training would need
         if checkpoint is not None and Path(checkpoint).resolve().parent == Path(self.args.output_dir).resolve():
             self._saved_step = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
         try:
             return super().train(checkpoint, *args, **more)
         except Abandoned:
             self._keep_last_step()
+            self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+            self.is_in_train = False
+            return TrainOutput(self.state.global_step, float("nan"), {})
+        except _DoneError:
+            if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+                self._load_best_model()
             self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
             self.is_in_train = False
             return TrainOutput(self.state.global_step, float("nan"), {})
@@ -109,6 +121,30 @@ class Resumable(Trainer):
         if found is None:
             raise UserError(f"there is no whole checkpoint in {run}{''.join(f'; {clause}' for clause in passed)}.")
         return str(found)
+
+    def _best_so_far(self, checkpoint: Path) -> str | None:
+        """The best checkpoint of the run that is resumed, also where its folder has moved since."""
+        file = checkpoint / TRAINER_STATE_NAME
+        recorded = TrainerState.load_from_json(str(file)).best_model_checkpoint if file.is_file() else None
+        if recorded is None or not self.args.load_best_model_at_end:
+            return None
+        name = Path(recorded).name
+        for place in (Path(recorded), Path(self.args.output_dir) / name, checkpoint.parent / name):
+            if place.is_dir():
+                return str(place)
+        raise UserError(
+            f"{recorded}, the best model so far, is not there, and load_best_model_at_end may need it: put it back, or "
+            "set load_best_model_at_end to false."
+        )
+
+    def _init_training_state(
+        self, max_steps: int, steps_per_epoch: int, epochs: int, resume: str | None, trial: Any
+    ) -> tuple[int, int]:
+        """transformers forgets a best checkpoint whose folder has moved, and would end with the last model."""
+        found: tuple[int, int] = super()._init_training_state(max_steps, steps_per_epoch, epochs, resume, trial)
+        if resume is not None and self.args.load_best_model_at_end:
+            self.state.best_model_checkpoint = self._best_so_far(Path(resume))
+        return found
 
     def _keep_last_step(self) -> None:
         moment, self._moment = self._moment, None
@@ -242,6 +278,14 @@ class Resumable(Trainer):
         after = f"after step {self.state.global_step} of {self.state.max_steps}"
         raise Fault(f"the {what} is no finite number {after}: {_LOWER}, or set on_nan_loss to skip.")
 
+    def require_finite_weights(self, when: str, cure: str, *, trained: bool = False) -> None:
+        """Stop in all processes if a weight of any is not finite; `trained`: one of those that are trained.
+
+        A loss shows a bad weight one step later, if that step uses it, and none after the last step.
+        """
+        name = first_not_finite(unwrapped(self.model), trained=trained)
+        agree(self.accelerator, None if name is None else f"parameter {name} is not finite {when}: {cure}")
+
     # ---- checkpoints
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -292,11 +336,11 @@ class Resumable(Trainer):
         `model.visual.*` in the module. It then restores nothing of a Qwen2.5-VL, and only warns.
         """
         target: Any = self.model if model is None else model
-        if isinstance(target, PeftModel):
+        if self.is_fsdp_enabled or isinstance(target, PeftModel) or not isinstance(target, PreTrainedModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         dtype = next(target.parameters()).dtype
-        stored = load_weights(resume_from_checkpoint, dtype=dtype)
+        stored = load_weights(resume_from_checkpoint, dtype=dtype, model_class=type(target))
         weights = stored.state_dict()
         theirs = {name: weight.shape for name, weight in weights.items()}
         mine = {n: w.shape for n, w in target.state_dict().items() if not n.startswith(f"{FEEDBACK}.")}
@@ -322,11 +366,19 @@ class Resumable(Trainer):
             return self.args.output_dir
         folder = Path(self.args.output_dir) / "merged"
         if self.is_world_process_zero():
-            self.model.merge_and_unload().save_pretrained(folder)
+            merged = self.model.merge_and_unload()
+            name = first_not_finite(merged)  # a sum of finite weights may overflow
+            if name is not None:
+                raise Fault(f"parameter {name} is not finite once the adapter is merged: use a wider precision.")
+            merged.save_pretrained(folder)
             self.processing_class.save_pretrained(folder)
             if self.markers is not None:
                 self.markers.format.save(folder)
         return str(folder)
+
+
+class _DoneError(Exception):
+    """The checkpoint that is resumed is that of the last step; transformers would take another one."""
 
 
 class _Boundaries(TrainerCallback):
@@ -336,12 +388,29 @@ class _Boundaries(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.trainer.require_finite_weights("as training begins", "start from another model or checkpoint")
         self.trainer._moment = self.trainer._now()
+        if 0 < state.max_steps <= state.global_step:
+            raise _DoneError
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        rates = [group["lr"] for group in self.trainer.optimizer.param_groups]
+        if not all(math.isfinite(rate) for rate in rates):
+            raise Fault(
+                f"the learning rate is not finite after step {state.global_step} of {state.max_steps} ({rates}): look "
+                "at learning_rate and the settings of its schedule."
+            )
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         self.trainer._moment = None
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        when = f"after the update of step {state.global_step + 1} of {state.max_steps}"
+        self.trainer.require_finite_weights(when, f"{_LOWER}, and go on from an earlier checkpoint", trained=True)
 
 
 _LOWER = "lower the learning rate, or look at the data and rewards of this step"

@@ -5,6 +5,7 @@ Mixins for TRL's config classes, named before them among the bases. What they ho
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
@@ -201,6 +202,24 @@ def require_words(config: Any, choices: Mapping[str, tuple[Any, ...]]) -> None:
             words = [word for word in allowed if isinstance(word, str)]
             hint = near_miss(value, words, f"; choose {' or '.join([', '.join(words[:-1]), words[-1]])}.")
             raise UserError(f"{name} is {value!r}{hint}")
+
+
+def require_finite(config: Any) -> None:
+    """Refuse NaN and infinity in any setting, in lists and mappings as well; options of rewards are their own."""
+    for setting in fields(config):
+        if setting.name != "rewards":
+            _require_finite(setting.name, getattr(config, setting.name, None))
+
+
+def _require_finite(name: str, value: Any) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name} is {value}; it must be a finite number.")
+    if isinstance(value, Mapping):
+        for key, entry in value.items():
+            _require_finite(f"{name}.{key}", entry)
+    elif isinstance(value, list | tuple):
+        for index, entry in enumerate(value):
+            _require_finite(f"{name}[{index}]", entry)
 
 
 def require_choice(config: Any, name: str, allowed: tuple[str, ...]) -> None:

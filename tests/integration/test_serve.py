@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,16 +20,19 @@ import pytest
 import torch
 from engine_cases import same
 from helpers import noise_image
+from safetensors.torch import load_file, save_file
 from serve_cases import CLOSE, FLAGS, GREEDY, LVR, ROOM, Server, begin, refusal, within
 from vllm_cases import VLLMRig, opened, thinking
 
 from rl_lvr.errors import UserError
+from rl_lvr.latents.format import get_format
 from rl_lvr.latents.interventions import Intervention
 from rl_lvr.rollout.replay import check_parity
 from rl_lvr.rollout.server import protocol
 from rl_lvr.rollout.server.engine import ServerRolloutEngine
 from rl_lvr.rollout.types import Request, Sampling
 from rl_lvr.rollout.vllm import guards, wire
+from rl_lvr.rollout.vllm.engine import VLLMRolloutEngine
 from rl_lvr.serving.launch import ServeOptions, vllm_arguments
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -385,6 +389,18 @@ def test_settings_that_cannot_be_are_refused(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU only")
+def test_weights_that_are_not_finite_are_not_served(rig: VLLMRig, tmp_path: Path) -> None:
+    shutil.copytree(rig.folder, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    stored = load_file(file)
+    stored["lm_head.weight"][-1, -1] = float("nan")
+    save_file(stored, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lm_head.weight in .* is not finite"):
+        vllm_arguments(ServeOptions(str(tmp_path / "model"), format="lvr"), [], 8000)
+    with pytest.raises(UserError, match=r"lm_head.weight in .* is not finite"):
+        VLLMRolloutEngine(tmp_path / "model", rig.processor, get_format("lvr"), max_model_len=64)
+
+
 def test_a_machine_that_runs_no_kernels_is_told_so(rig: VLLMRig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guards, "interpreted", lambda: False)  # Triton decides that once, on import
     with pytest.raises(UserError, match="set TRITON_INTERPRET=1 in the environment before the start"):

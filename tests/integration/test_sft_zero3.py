@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,9 +77,10 @@ def runs(place: Path, mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         work / "first",
         sft_command(model, data, work / "bad", **ungathered),
         sft_command(model, parted(work / "parted"), work / "bad", **shards),
+        sft_command(model, data, work / "ruined", **shards, max_steps=1, learning_rate=1e39, optim="sgd"),
         sft_command(model, data, work / "zero3", **both),
     )
-    assert codes == [2, 2, 0], said
+    assert codes == [2, 2, 1, 0], said
     (work / "refused.txt").write_text(said)
     codes, said = sharded(
         work / "second",
@@ -134,3 +136,9 @@ def test_what_would_part_the_ranks_or_save_no_model_is_refused(runs: Path) -> No
     assert "parted/train.parquet holds records with and without images" in said
     assert "set zero_optimization.stage3_gather_16bit_weights_on_model_save to true" in said
     assert not (runs / "bad").exists()
+
+
+def test_weights_that_the_last_update_ruined_stop_all_ranks(runs: Path) -> None:
+    said = (runs / "refused.txt").read_text()
+    assert re.search(r"parameter \S+ is not finite after the update of step 1 of 1", said)
+    assert not list((runs / "ruined").glob("*.safetensors"))

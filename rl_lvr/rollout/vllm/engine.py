@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from rl_lvr.errors import UserError
+from rl_lvr.finite import require_finite_files
 from rl_lvr.latents.format import LatentFormat
 from rl_lvr.latents.inject import unwrapped
 from rl_lvr.models.loading import checkpoint_folder
@@ -52,6 +53,7 @@ class VLLMRolloutEngine:
         guards.check_runtime()
         guards.check_hooks()
         folder = checkpoint_folder(model)
+        require_finite_files(folder)
         self.format = format
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.progress = progress
