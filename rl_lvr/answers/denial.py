@@ -9,7 +9,7 @@ LOOKS_BACK = 100
 DENIED = re.compile(
     r"(?:\b(?:not|never|neither|nor|if|whether|wrong|incorrect|false|except|than|without|unlike|excludes?|excluding|"
     r"eliminates?|eliminating|rejects?|rejecting|rules?\s+out|ruling\s+out|ruled\s+out|(?:all|anything|everything)\s+but|"
-    r"instead\s+of|rather\s+than|hardly|cannot|isnt|opposite\s+of)|n['\u2019]t|\u4e0d\u662f|\u4e0d\u9009|\u5e76\u975e|\u6392\u9664|\u975e)"
+    r"instead\s+of|rather\s+than|hardly|cannot|unlikely|improbable|impossible|doubt(?:ful)?|opposite\s+of)|n['\u2019]t|\u4e0d\u662f|\u4e0d\u9009|\u5e76\u975e|\u6392\u9664|\u975e)"
     r"(?:\s+(?:the|that|this|it|is|be|a|an|case|correct|right|final|best|true|answer|option|choice|letter|number|exactly|"
     r"think|believe|say|guess|know|it's|really|actually|simply|choose|pick|select|equal|to))*[\s(\[:=*_\"'$]*$",
     re.IGNORECASE,
@@ -28,7 +28,7 @@ REFUSED = re.compile(
     r"sorry|it\s+is\s+(?:not\s+possible|impossible|unclear)|cannot\s+(?:be\s+)?(?:determined?|say|tell|answer)|"
     r"can't\s+(?:be\s+)?(?:determined?|say|tell|answer)|unable\s+to|impossible\s+to\s+(?:tell|say|determine)|"
     r"there\s+is\s+not\s+enough|not\s+enough\s+information|no\s+(?:answer|idea)|\u4e0d\u77e5\u9053|\u65e0\u6cd5|\u5206\u304b\u308a\u307e\u305b\u3093)\b.{0,400}|"
-    r"unknown|unclear|unsure|undetermined|unanswerable|indeterminate|n\s*/\s*a|none|null|nan|tbd|\?+|\.{2,}|-+|_+)",
+    r"unknown|maybe|perhaps|possibly|not\s+sure|(?:it's|it\s+is)\s+(?:hard|difficult|impossible)\s+to\b.{0,100}|(?:it\s+)?depends|unclear|unsure|undetermined|unanswerable|indeterminate|n\s*/\s*a|none|null|nan|tbd|\?+|\.{2,}|-+|_+)",
     re.IGNORECASE | re.DOTALL,
 )
 """A text that gives no answer."""

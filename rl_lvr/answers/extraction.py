@@ -19,14 +19,14 @@ _TAG = re.compile(r"<(/?)answer\s*>", re.IGNORECASE)
 _THOUGHT = re.compile(r"</(?:think|thinking|reasoning)\s*>", re.IGNORECASE)
 _THINKS = re.compile(r"<(?:think|thinking|reasoning)\s*>", re.IGNORECASE)
 _BRACES = re.compile(r"\\+(?:boxed|fbox)\s*(\{)|\\+(?:boxed|fbox)\s+([A-Za-z0-9])(?![A-Za-z0-9.])|\\.|[{}]", re.DOTALL)
-_HEADING = re.compile(r"\s*(?:#{1,6}\s+|>\s*|[-*+\u2022]\s+)*")
+_HEADING = re.compile(r"\s*(?:#{1,6}\s+|>\s*(?!\s*[-\d.$])|[-*+\u2022]\s+(?![\d.$\\]))*")
 _JOINED = re.compile(
     r"[\s$,.;*]{0,10}(?:(?:and|or|\u6216|\u548c|/|&)[\s$*]{0,10}(?:[A-Za-z]\s*=\s*)?\$?)?(?:[A-Za-z]\s*=\s*)?"
 )
 
 _IS = (
     r"(?:(?:is|are|was|were)(?!\w)|(?:would|must|should|will|could|can|has\s+to|have\s+to|seems?\s+to|appears?\s+to)"
-    r"(?:\s+only)?\s+be(?!\w)|[:=]|=>|->|\u662f|\u4e3a|\u70ba|\u5e94\u4e3a|\u5e94\u662f|\u5e94\u8be5\u662f|\u61c9\u70ba|"
+    r"(?:\s+only)?\s+be(?!\w)|'s(?!\w)|\]\s?:?|[:=]|=>|->|\u662f|\u4e3a|\u70ba|\u5e94\u4e3a|\u5e94\u662f|\u5e94\u8be5\u662f|\u61c9\u70ba|"
     r"\u61c9\u8a72\u662f|\u306f|\u304c|\uc740|\ub294|\uc774)"
 )
 ANSWER_IS = (

@@ -10,12 +10,12 @@ from rl_lvr.answers.plain import LONGEST, bare
 
 _STRONG = ("\ue000", "\ue001")
 """Around what is set bold; of Unicode's private use."""
-_QUOTED = re.compile(r"""(?<!\w)['"]([A-Za-z])['"](?!\w)""")
+_QUOTED = re.compile(r"""(?<![A-Za-z0-9])['"]([A-Za-z])['"](?![A-Za-z0-9])""")
 _DRESS = re.compile(r"\*+|(?<!\w)_+|_+(?!\w)|`|\$|\\[()\[\]]")
 """Emphasis and the borders of formulas that have no counterpart."""
 
-_DELIMITER = r"(?:\s*[)\].:;!]|\s*,(?=\s)|\s+[-\u2013\u2014]+\s|\s*[\r\n]|\s*$)"
-_GOES_ON = r"(?:\s+(?:because|since|as|for|which|with)\b)"
+_DELIMITER = r"(?:\s*[)\].:;!}]|\s*,(?=\s)|\s+[-\u2013\u2014]+\s|\s*[\r\n]|\s*$)"
+_GOES_ON = r"(?:\s+(?:because|since|as|for|which|with|rather|instead|over)\b)"
 _CJK = r"(?:\s*[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af])"
 _STOP = rf"(?={_DELIMITER}|{_GOES_ON}|{_CJK})"
 _END = rf"(?:(?<=[A-Z])(?=\s+(?![-+*/=<>^])\S)(?<![AI])|{_STOP})"
@@ -43,12 +43,13 @@ _CHOSEN = re.compile(
     r"(?:choose|pick|select|chose|picked|selected|go\s+(?:with|for)|opt\s+for|say|answer|guess|vote\s+for)|choosing|selecting|"
     r"(?:i'm|i\s+am)\s+going\s+with|(?:it|that|this|answer)\s+(?:must|has\s+to|should)\s+be|\bi\s+(?:think|believe|guess|suppose)(?:\s+that)?\s+(?:it\s+is|it's|it\s+must\s+be)|"
     r"(?:^|[.!;:,]\s*|\n)(?:choose|pick|select))\s+|"
+    r"(?:\u6211\u8ba4\u4e3a|\u6211\u89c9\u5f97)\s*(?:\u662f|\u5e94\u8be5\u662f)?\s*|(?:\u5e94\u4e3a|\u5e94\u662f|\u5e94\u8be5\u662f|\u61c9\u8a72\u662f)\s*|"
     r"(?<!\u4e0d)(?:\u9009\u62e9|\u9078\u64c7|\u9078\u629e|\u9009|\u9078)(?!\u9879|\u9805)\s*:?\s*)"
     rf"{_OPTION}?{_CAPITAL}"
 )
 """I choose E."""
 _CONCLUDED = re.compile(
-    r"(?:\b(?i:hence|therefore|thus|so|consequently|accordingly|ergo|finally|in\s+conclusion|in\s+short|actually|no)\b\s*[,:]?\s+"
+    r"(?:\b(?i:hence|therefore|thus|so|consequently|accordingly|ergo|finally|in\s+conclusion|in\s+short|actually|no|definitely|certainly|surely|probably|leaving|which\s+leaves)\b\s*[,:]?\s+"
     r"|[=-]>\s*|(?:\u56e0\u6b64|\u6240\u4ee5|\u6545|\u3088\u3063\u3066)\s*,?\s*)"
     rf"(?i:(?:it\s+is|it's|it\s+must\s+be|that\s+is|that's|this\s+is)\s+)?{_OPTION}?{_CAPITAL}"
 )
@@ -60,7 +61,7 @@ _ENDS = re.compile(
 _PRAISED = re.compile(
     r"(?<!\w)[(\[]?([A-Z])[)\]]?(?:(?i:\s+is\s+(?:(?:clearly|indeed|therefore|thus|also)\s+)?(?:the\s+)?"
     r"(?:only\s+|most\s+|best\s+)?(?:correct|right|best|answer|likely|appropriate|accurate)\b)|"
-    r"\s+(?:\u662f|\u4e3a|\u304c)?(?:\u6b63\u786e|\u6b63\u89e3|\u5bf9\u7684|\u7b54\u6848))"
+    r"\s+(?i:it\s+is)(?=\s*(?:[.!]|$))|\s+(?:\u662f|\u4e3a|\u304c)?(?:\u6b63\u786e|\u6b63\u89e3|\u5bf9\u7684|\u7b54\u6848))"
 )
 """B is correct."""
 _NAMED = re.compile(
@@ -68,7 +69,7 @@ _NAMED = re.compile(
 )
 """Option B."""
 _WHOLE = re.compile(
-    rf"[\s(\[]*([A-Za-z])(?:\s*$|\s*[)\].:!]|\s+[-\u2013\u2014]+\s|\s*[\r\n]|(?<![AI])(?:,\s|{_GOES_ON})|"
+    rf"[\s(\[]*([A-Za-z])(?:\s*$|\s*[)\].:!]|\s+[-\u2013\u2014]+\s|\s*[\r\n]|(?<![AI])(?:,\s|{_GOES_ON}|\s+\((?![A-Za-z]\)))|"
     r"\s*(?:\u3067\u3059|\u3060|\uc785\ub2c8\ub2e4)(?!\w))"
 )
 """A text that begins with the letter alone."""
@@ -84,7 +85,7 @@ _LISTED = re.compile(
     r"(?<!\w)[A-Z][)\]]?\s*(?:(?:,\s*)?(?i:or|and|nor)|[,/&]|\u6216|\u8fd8\u662f|\u548c)\s+(?i:(?:option|choice|maybe|possibly|perhaps)\s+)*[(\[]?$|"
     r"(?<!\w)[(\[]?[A-Z][)\].]\s*[(\[]?$"
 )
-_LABEL = re.compile(r"(?<![\w(\[])([(\[])?([A-Z])([)\].:])(?=\s*\S)")
+_LABEL = re.compile(r"(?<![\w(\[])([(\[])?([A-Z])([)\].:]|\s[-\u2013](?=\s))(?=\s*\S)")
 _REASONS = re.compile(r"\b(?:because|since|as|not|but|while|whereas|than|unlike|so)\b", re.IGNORECASE)
 _JUDGED = re.compile(r"\s*(?:is|are|was|can|cannot|could|would|looks?|shows?)\b")
 

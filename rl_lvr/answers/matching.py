@@ -148,7 +148,10 @@ def _letter_in(found: Found) -> str | None:
             return stated
     if lists_options(found.whole):
         return letter(found.whole, stated=True)
-    return letter(found.text) or letter(found.whole, stated=True)
+    first = found.whole.split("\n", 1)[0]
+    return (
+        letter(found.text) or letter(found.whole, stated=True) or (letter(first) if is_only_a_letter(first) else None)
+    )
 
 
 def _announcing(found: Found, kind: Kind) -> str:

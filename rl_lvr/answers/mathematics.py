@@ -27,12 +27,19 @@ SECONDS = 5.0
 """For one comparison."""
 LONGEST = 2000
 """Characters of an expression; a longer one is no answer."""
+_COMMANDS = ("infty", "pi", "le", "ge", "ne", "pm", "theta", "cup", "cap")
 _FORMULA = re.compile(r"(?<!\\)\$\$?(.+?)(?<!\\)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _STRONG = re.compile(r"(?<![A-Za-z0-9_)])\*\*(?=\S)(.+?)(?<=\S)\*\*(?![A-Za-z0-9_(])")
 """Not the power of Python."""
 _IS = re.compile(r".*\b(?:is|are|be|equals?|answer\s*:)(?:\s*:)?\s+(?=\S)", re.DOTALL | re.IGNORECASE)
 _WORDS = re.compile(r"(?<![\\{A-Za-z])[A-Za-z]{2,}[:,]?\s")
 _MATHEMATICS = re.compile(r"[\d\\^=<>+*/\u2264\u2265\u221e\u221a]|(?<![A-Za-z'])[b-zB-HJ-Z](?![A-Za-z'])")
+_NAMES = str.maketrans(
+    {
+        char: f"\\{name} "
+        for char, name in zip("\u221e\u03c0\u2264\u2265\u2260\u00b1\u03b8\u222a\u2229", _COMMANDS, strict=True)
+    }
+)
 _OR = re.compile(r"[\s,]*(?:or|and|,)[\s,]*", re.IGNORECASE)
 _TUPLE = re.compile(r"([(\[])(.*)([)\]])", re.DOTALL)
 _ASSIGNED = re.compile(r"[^=<>]{1,40}=\s*(?=[(\[])")
@@ -90,7 +97,7 @@ def _same(gold: str, given: str, tolerance: float) -> Verdict:
         return Verdict.of(same_quantity(one, other, tolerance))
     parts = _parts(wanted)
     if parts is None:
-        return same_mathematics(gold, given)
+        return same_mathematics(_latex(gold), _latex(given))
     theirs = _parts(found) or _parts(_ASSIGNED.sub("", found)) or _parts(f"{wanted[0]}{found}{wanted[-1]}")
     if theirs is None or len(parts) != len(theirs) or parts[0] != theirs[0] or parts[-1] != theirs[-1]:
         return Verdict.WRONG
@@ -99,6 +106,12 @@ def _same(gold: str, given: str, tolerance: float) -> Verdict:
         if verdict is not Verdict.RIGHT:
             return verdict
     return Verdict.RIGHT
+
+
+def _latex(text: str) -> str:
+    """`text` with the characters that only Unicode has as LaTeX."""
+    text = re.sub(r"\u221a\s*(\d+|[a-z]|\{[^{}]*\}|\([^()]*\))", r"\\sqrt{\1}", text)
+    return text.translate(_NAMES)
 
 
 def _squeezed(text: str) -> str:

@@ -25,12 +25,12 @@ _VALUE = re.compile(
     rf"(?:(?P<mixed>\d{{1,40}})(?:\s+(?P<mt>\d{{1,9}})/(?P<mb>\d{{1,9}})|\s*\\[dtc]?frac\s*\{{\s*(?P<fmt>\d{{1,9}})\s*\}}\s*\{{\s*(?P<fmb>\d{{1,9}})\s*\}})(?![\d.,]\d)"
     rf"|\\[dtc]?frac\s*(?:\{{\s*(?P<ft>-?{_DECIMAL})\s*\}}\s*\{{\s*(?P<fb>{_DECIMAL})\s*\}}|(?P<st>\d)\s?(?P<sb>\d))"
     rf"|(?P<number>{_DECIMAL})(?:(?:[eE](?P<e>[-+]?\d{{1,3}})(?![\w.]))|\s?(?:\*|\\times|\\cdot)\s?10\s?\^\s?(?P<ten>{_EXPONENT})"
-    rf"|\s?\^\s?(?P<power>{_EXPONENT})(?!\s?\^))?(?:\s?/\s?(?P<bottom>{_DECIMAL}))?)"
+    rf"|\s?(?:\^|\*\*)\s?(?P<power>{_EXPONENT})(?!\s?\^))?(?:\s?/\s?(?P<bottom>{_DECIMAL}))?)"
     rf"(?!\d|\.\d|,\d{{3}})"
 )
 _ABOUT = re.compile(r"^\s*(?:\u2248|about|approximately|around|roughly|circa|ca\.|nearly|almost|exactly|only)\s*", re.I)
-_SCALE = re.compile(r"\s?(thousand|million|billion|trillion)s?\b", re.IGNORECASE)
-_SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_SCALE = re.compile(r"\s?(dozen|thousand|million|billion|trillion)s?\b", re.IGNORECASE)
+_SCALES = {"dozen": 12, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _TOKEN = re.compile(
     r"(?P<space>\s+)|(?P<command>\\[A-Za-z]+)|(?P<word>[^\W\d_]+(?:['-][^\W\d_]+)*)|"
     r"(?P<sign>[-+*/=<>^_(){}\[\]|:\u2264\u2265\u2260\u2248\u00b1\u221e\u221a\\])|(?P<rest>.)",
@@ -136,6 +136,8 @@ def read_number(text: str, formal: bool = False) -> Reading | None:
     What is announced ("the answer is", "=", "so") comes first, else the last number counts.
     """
     text = replaced(tidy(text))
+    if text.endswith("?"):
+        return None
     whole = _whole(_ABOUT.sub("", text.strip().rstrip("." if formal else ".;,!").strip()))
     if whole is not None:
         return Reading(whole)
@@ -356,7 +358,9 @@ def _runs(text: str, formal: bool) -> list[_Run]:
 
 
 def _read_run(text: str, begin: int, end: int) -> _Run | None:
-    while begin < end and text[begin] in " )]}:-*/|" and not _VALUE.match(text, begin):
+    while (
+        begin < end and (text[begin] in " )]}:*/|" or text[begin : begin + 2] == "- ") and not _VALUE.match(text, begin)
+    ):
         begin += 1
     while begin < end and text[end - 1] in " ([{:=-*|\\/^_":
         end -= 1

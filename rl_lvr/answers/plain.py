@@ -63,6 +63,8 @@ def _plain_character(char: str) -> str:
 _ALPHABET = _Alphabet()
 _SPECIAL = re.compile(r"<\|[^<>|\s]{1,60}\|>|</?s>|<(?:eos|bos|end_of_turn)>")
 _POWERS = re.compile(r"\}\^\{")
+_MINUS = re.compile(r"(?<![\w)\]%\u00b0\u2013])(?<![\w)\]%\u00b0]\s)\u2013(?=\d)")
+"""An en dash before a number that begins no range."""
 _CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 _BORDER = re.compile(rf"(?<=[{_CJK}])(?=[A-Za-z0-9(*\\$\[+-])|(?<=[A-Za-z0-9)*%}}\]])(?=[{_CJK}])")
 
@@ -75,7 +77,7 @@ def plain(text: str) -> str:
     if text.isascii():
         return text
     text = unicodedata.normalize("NFC", text).translate(_ALPHABET)
-    return _BORDER.sub(" ", _POWERS.sub("", text))
+    return _BORDER.sub(" ", _POWERS.sub("", _MINUS.sub("-", text)))
 
 
 _WRAPPER = re.compile(

@@ -13,15 +13,16 @@ PROSE = 8
 """Words beyond those of the reference from which on a text that announces no answer is taken for prose."""
 _STRONG = ("\ue000", "\ue001")
 _EMPHASISED = re.compile(
-    rf"{_STRONG[0]}([^{''.join(_STRONG)}]+){_STRONG[1]}(?=\s*(?:[.,;:!)\u2014]|$|-\s|because\b|since\b))"
+    rf"{_STRONG[0]}([^{''.join(_STRONG)}]+){_STRONG[1]}(?=\s*(?:[.,;:!)\u2014]|$|-\s|because\b|since\b|in\s+colou?r))"
 )
 """Set bold at the end of a clause."""
 _COPULA = re.compile(
-    r"(?:\b(?:is|are|was|were)\b|\b(?:it|that|he|she|there|what)'s\b|\b(?:looks|seems|appears)\b(?:\s+to\s+be\b)?)",
+    r"(?:\b(?:is|are|was|were)\b|\b(?:it|that|he|she|there|what)'s\b|\b(?:looks|seems|appears)\b(?:\s+to\s+be\b)?|"
+    r"^[A-Za-z][A-Za-z ]{0,30}:(?=\s)|\u662f|\u306f)",
     re.IGNORECASE,
 )
 _DENIES = re.compile(
-    r"\b(?:not|never|no|none|neither|nor|nobody|nothing|if|whether|cannot|without|hardly|unless)\b|n't\b|\u4e0d|\u6ca1\u6709",
+    r"\b(?:not|never|no|none|neither|nor|nobody|nothing|if|whether|cannot|without|hardly|unless|options|choices|candidates)\b|n't\b|\u4e0d|\u6ca1\u6709",
     re.IGNORECASE,
 )
 _OPENING = re.compile(
@@ -35,12 +36,13 @@ _CLOSING = re.compile(
     r"given\s+that)\b|,\s*(?:not|as|which|so|because|since|and\s+not)\b).*",
     re.IGNORECASE | re.DOTALL,
 )
-_LABEL = re.compile(r"\(?[A-Za-z][).:]\s+(?=\S)")
+_LABEL = re.compile(r"\(?(?:[A-Za-z]|\d{1,2})[).:]\s+(?=\S)")
 _LABELS = re.compile(r"(?<!\w)\(?[A-Za-z][).:]\s+(?=\S)")
 _HEDGES = re.compile(
     r"\b(?:or|either)\b|\b(?:yes|true)\s*(?:and|/|,)\s*(?:no|false)\b|\u6216|\u8fd8\u662f|[\w]/[\w]|\bbetween\b|\?\s*$",
     re.IGNORECASE,
 )
+_PLACED = re.compile(r"(?:on|at|in|to|toward|towards)\s+(?:the\s+)?", re.IGNORECASE)
 _POLAR = frozenset(("yes", "no", "true", "false"))
 _POLAR_FIRST = re.compile(
     r"\W*(yes|no|true|false)(?:\s*[,.;:!\u2014]|\s+-|\s*$|\s+(?:because|since|it|there|the|this|that|he|she|they|i)\b)",
@@ -120,8 +122,8 @@ def _stated(strong: str, whole: str, wanted: str) -> tuple[str | None, bool]:
     opened = _OPENING.match(spoken)
     if _LABELS.match(spoken) or (wanted in _POLAR and _POLAR_FIRST.match(spoken[opened.end() if opened else 0 :])):
         return spoken[opened.end() if opened else 0 :], False
-    copulas = list(_COPULA.finditer(spoken, opened.end() if opened else 0))
-    if copulas and (len(copulas) == 1 or _CLOSING.search(spoken[copulas[0].end() : copulas[1].start()])):
+    copulas = list(_COPULA.finditer(_CLOSING.sub("", spoken), opened.end() if opened else 0))
+    if len(copulas) == 1:
         denies = _DENIES.search(spoken[: copulas[0].start()])
         return (None if denies else spoken[copulas[0].end() :]), True
     return spoken[opened.end() if opened else 0 :], False
@@ -137,6 +139,7 @@ def _readings(stated: str) -> list[str]:
     if opened:
         rest = stated.lstrip()[opened.end() :]
         found += [rest, _CLOSING.sub("", rest)]
+    found += [_PLACED.sub("", text.strip()) for text in found]
     for text in list(found):
         label = _LABEL.match(text.strip())
         if label and not _LABELS.search(text.strip(), label.end()):

@@ -308,6 +308,157 @@ B|unreadable|A) red⏎B) blue⏎C) green
 B|unreadable|( ( ( ( (
 B|unreadable|答案不是B。
 B|unreadable|选项有：A. 红色 B. 蓝色 C. 绿色
+B|right|The correct answer is: **B) red**
+B|right|B. The red one is the closest, since A is further away.
+B|right|I'd pick B.
+B|right|I would say B
+B|right|My final choice: (B)
+B|right|It has to be B.
+B|right|Choice B is correct.
+B|right|Option (B) is the correct one.
+B|right|the answer's B
+B|right|The answer is B) red cell.
+B|right|Looking at the image, I can see that the dog is on the left. So, the correct option is B.
+B|right|Let me think. A is wrong. C is wrong. So it must be B.
+B|right|A, C and D can be ruled out, leaving B.
+B|right|We can rule out A. The answer is B.
+B|right|Answer: B; the rest are wrong.
+B|right|[Answer] B
+B|right|**B**: red
+B|right|*B*
+B|right|$$\boxed{B}$$
+B|right|\[\boxed{\text{(B)}}\]
+B|right|Therefore, the final answer is $\boxed{\textbf{(B)}\ 12}$.
+B|right|\boxed{\mathbf{B}}
+B|right|\boxed{B.}
+B|right|\boxed{(B)}
+B|right|\boxed{B: red}
+B|right|\boxed{B \text{ (red)}}
+B|right|\boxed{\text{B. red}}
+B|right|\boxed{Answer: B}
+B|right|The answer: ⏎⏎(B)
+B|right|<answer>⏎B⏎</answer>
+B|right|<ANSWER>B</ANSWER>
+B|right|<answer>B</answer>⏎<answer></answer>
+B|right|Answer：B
+B|right|答案是：（B）
+B|right|答案选择B选项
+B|right|所以答案是B。
+B|right|综上所述，选B。
+B|right|因此，正确答案为 **B**。
+B|right|本题答案为B。
+B|right|最终答案：\boxed{B}
+B|right|故答案为：B.
+B|right|我认为是B
+B|right|应为B
+B|right|答えはＢです
+B|right|【答案】B
+B|right|正确答案是 B. 红色
+B|right|選B
+B|right|答案: B、因为
+B|right|Ｔｈｅ　ａｎｓｗｅｒ　ｉｓ　Ｂ．
+B|right|The answer is “B”.
+B|right|The answer is ‘B’.
+B|right|Hence B
+B|right|Thus, B is the answer.
+B|right|Therefore B.
+B|right|In conclusion, option B.
+B|right|So I choose (B) red.
+B|right|I select option B.
+B|right|I'm choosing B.
+B|right|I am going with option B
+B|right|Selecting B.
+B|right|Definitely B.
+B|right|Probably B.
+B|right|B, definitely.
+B|right|B it is.
+B|right|b
+B|right|(b) red
+B|right|ANSWER: B
+B|right|A: no. B: yes. So the answer is B.
+B|right|Is it A? No. The answer is B.
+B|right|I initially thought A, but the answer is B.
+B|right|The answer isn't A; it's B.
+B|right|It's not A, it's B.
+B|right|A is incorrect. B is correct.
+B|right|The answer is B and I am sure.
+B|right|The answer is B or so I think.
+B|right|answer=B
+B|right|Answer is B
+B|right|Answer B.
+B|right|Answer: option B
+B|right|Answer: Option (B): red
+B|right|Answer: the correct one is B
+B|right|Response: B
+B|right|{"answer": "B"}
+B|right|`{"answer": "B"}`
+B|right|The choice is B
+B|right|The best answer is B, red.
+B|right|The object closest to the camera is option B.
+B|right|The answer is letter B
+B|unreadable|The answer is A/B
+B|unreadable|A or B, I am not sure
+B|unreadable|It could be A or B.
+B|unreadable|It's either A or B.
+B|unreadable|B?
+B|unreadable|Is it B?
+B|unreadable|Not sure, maybe A, maybe B.
+B|unreadable|I don't think the answer is B.
+B|unreadable|It is unlikely that the answer is B
+B|unreadable|The answer cannot be B.
+B|unreadable|The answer can't be B.
+B|unreadable|The answer is anything but B
+B|unreadable|The answer is definitely not B.
+B|unreadable|B is incorrect.
+B|unreadable|B is not the answer
+B|unreadable|B isn't right.
+B|unreadable|B can be excluded.
+B|unreadable|I doubt it is B.
+B|unreadable|It would be wrong to choose B.
+B|unreadable|Don't choose B.
+B|unreadable|never pick B
+B|unreadable|Options: (A) red, (B) blue, (C) green
+B|unreadable|The options are A, B and C.
+B|unreadable|The choices are: A. red, B. blue.
+B|unreadable|A: red, B: blue, C: green
+B|unreadable|A - red⏎B - blue
+B|unreadable|(A) red⏎(B) blue⏎(C) green⏎(D) white
+B|unreadable|A. red B. blue C. green D. white
+B|unreadable|Please choose from A, B, C or D
+B|unreadable|Answer with the option's letter: A, B, C or D.
+B|unreadable|The red one.
+B|unreadable|2
+B|unreadable|second option
+B|unreadable|Both B and C.
+B|unreadable|All of A, B, C
+B|unreadable|neither B nor C
+B|unreadable|不是B
+B|unreadable|我不选B
+B|unreadable|B是错误的
+B|unreadable|A和B都对
+B|unreadable|A、B、C
+B|unreadable|Let B be the area of the triangle.
+B|unreadable|Player B
+B|unreadable|In option B the cat is red.
+B|unreadable|Vitamin B
+B|unreadable|Plan B
+B|unreadable|Type B
+B|wrong|The answer is C. B is wrong.
+B|wrong|A. B is too small.
+B|wrong|C⏎⏎Explanation: B is too small.
+B|wrong|Answer: C⏎Option B is blue.
+B|wrong|Answer: A⏎Reason: B is far.
+B|wrong|C, not B
+B|wrong|C rather than B
+B|wrong|C instead of B.
+B|wrong|I choose C over B.
+B|wrong|The answer is B... wait, no, the answer is C.
+B|wrong|It looks like B, but it is C.
+B|wrong|\boxed{C} (not B)
+B|wrong|<think>B</think><answer>C</answer>
+B|wrong|Based on the picture, C.
+B|wrong|None of A or B, the answer is E
+B|wrong|E. None of the above
 """
 """A reference of kind choice."""
 
@@ -460,6 +611,105 @@ yes|unreadable|Yes and no.
 yes|unreadable|yes or no
 red|unreadable|In this picture we see many cells of many colours, and red among them somewhere
 red|unreadable|答案不是red
+red|right|The answer is: red
+red|right|Answer: **Red**.
+red|right|It is **red**.
+red|right|The ball is **red** in color.
+red|right|The color of the ball is red.
+red|right|The ball's color is red.
+red|right|I would say red.
+red|right|I believe the color is red.
+red|right|The final answer is \boxed{\text{red}}.
+red|right|\boxed{\mathrm{red}}
+red|right|\boxed{\textbf{red}}
+red|right|\boxed{\text{Red.}}
+red|right|\boxed{"red"}
+red|right|$\boxed{\text{red}}$
+red|right|\text{The answer is red}
+red|right|Red
+red|right|red!
+red|right|<answer> Red </answer>
+red|right|<answer>\text{red}</answer>
+red|right|<answer>**red**
+red|right|So the answer is red.
+red|right|Thus, the answer is "red".
+red|right|Therefore, red.
+red|right|red (not blue)
+red|right|red, because it is warm
+red|right|red - like a rose
+red|right|1. red
+red|right|* red
+red|right|**Final Answer**: red
+red|right|### Final Answer⏎red
+red|right|**Final Answer**⏎⏎**red**
+red|right|Color: red
+red|right|The answer is the red.
+red|right|_red_
+red|right|***red***
+red|right|答案是**red**。
+red|right|答案为red
+red|right|颜色是red。
+left|right|It's on the left.
+yes|right|yes, it does.
+yes|right|Yes - the cat is there
+yes|right|Yes because it is red.
+yes|right|Yes it is
+yes|right|The answer is "Yes".
+yes|right|Answer: Yes, there is.
+yes|right|I think yes.
+yes|right|Indeed, yes.
+no|right|No.
+no|right|No, there is no cat in the picture.
+no|right|No, there isn't.
+no|right|Answer: No
+no|right|The answer is **No**.
+no|wrong|Yes, there is no doubt.
+yes|wrong|no
+yes|wrong|No, there are none.
+yes|wrong|The answer is **No**, since yes would need a cat.
+no|unreadable|It is not known.
+yes|unreadable|maybe
+yes|unreadable|Yes/No
+True|right|true
+True|right|The claim is true.
+True|wrong|False
+False|right|This is false.
+true|unreadable|not true
+false|wrong|It is true
+red|wrong|green
+red|wrong|The answer is green, as red is too bright.
+red|wrong|Not red: blue
+red|unreadable|anything but red
+red|unreadable|It could be red or blue.
+red|unreadable|red, or maybe blue
+red|unreadable|I'm not sure.
+red|unreadable|It's hard to say.
+red|unreadable|I do not see any ball.
+red|unreadable|Unknown
+red|unreadable|?
+red|unreadable|No answer
+red|unreadable|The options are red, blue and green.
+red|unreadable|red? blue?
+red|unreadable|red, blue, green or yellow
+red|wrong|red and blue
+red|wrong|reds
+red|wrong|the ball is not red, it is blue
+None of the above|right|none of the above
+None of the above|right|The answer is None of the above.
+None|right|none
+black and white|right|black and white
+black and white|right|It is black and white.
+x-axis|right|x-axis
+San Francisco|right|It's San Francisco.
+U.S.|right|U.S.
+Dr. Smith|right|Dr. Smith
+cat|right|A cat.
+cat|right|an answer: cat
+cat|right|There is a cat.
+cat|wrong|caterpillar
+cat|wrong|There is a dog.
+7:30|right|7:30
+7:30|wrong|7
 """
 """A reference of kind exact."""
 
@@ -674,6 +924,181 @@ $5|right|$5
 5|unreadable|<think>5
 7|unreadable|seven
 ７|right|7
+5|right|Answer: 5
+5|right|The final answer is 5.
+5|right|\boxed{5}.
+5|right|$\boxed{5}$
+5|right|\boxed{\text{5}}
+5|right|\boxed{5\text{ apples}}
+5|right|\boxed{x = 5}
+5|right|5 apples
+5|right|five (5)
+5|right|I count 5 of them.
+5|right|There are 5.
+5|right|There are exactly 5 birds.
+5|right|There are a total of 5 birds.
+5|right|In total there are 2 + 3 = 5 birds.
+5|right|2 + 3 = 5
+5|right|2+3=5.
+5|right|The answer is 5, not 6.
+5|right|5 (not 6)
+5|right|The answer is not 6 but 5.
+5|right|5.00
+5|right|05
+5|right|５
+5|right|⑤
+5|right|*5*
+5|right|`5`
+5|right|(5)
+5|right|[5]
+5|right|5!
+5|right|~5
+5|right|≈ 5
+5|right|5 units
+5|right|5 km
+5|right|<answer>5</answer>
+5|right|<answer>5 apples</answer>
+5|right|#### 5
+5|right|答案是5。
+5|right|答案为５
+5|right|一共5个
+5|right|答えは5です
+5|right|So there are 5 left.
+5|right|Step 1: 2. Step 2: 3. Answer: 5
+5|right|The number of birds is 5.
+5|right|Number of birds: 5
+5|right|5, since 2 + 3 = 5
+5|right|f(2) = 5
+5|right|\frac{10}{2}
+5|right|10/2
+5|right|\sqrt{25}
+5|right|\$5.00
+5|wrong|6
+5|wrong|50
+5|wrong|5.1
+5|wrong|0.5
+5|wrong|15
+5|wrong|5,000
+5|wrong|5x
+5|wrong|5a
+5|wrong|5y + 1
+5|wrong|x^5
+5|wrong|5^2
+5|wrong|5²
+5|wrong|10^{-5}
+5|wrong|x < 5
+5|wrong|x ≤ 5
+5|wrong|> 5
+5|wrong|<5
+5|wrong|\geq 5
+5|wrong|less than 5
+5|wrong|up to 5
+5|wrong|over 5
+5|wrong|no more than 5
+5|wrong|5+
+5|wrong|5-6
+5|wrong|4-5
+5|wrong|4 to 5
+5|wrong|5 to 6
+5|wrong|between 5 and 6
+5|wrong|between 4 and 5
+5|wrong|5±1
+5|wrong|5:30
+5|wrong|1/5
+5|wrong|5/2
+5|wrong|(5, 6)
+5|wrong|(4, 5)
+5|wrong|[0, 5]
+5|wrong|5, 6
+5|wrong|4, 5
+5|wrong|4 and 5
+5|wrong|\{4, 5\}
+5|wrong|3+5i
+5|wrong|5\sqrt{2}
+5|wrong|\log 5
+5|wrong|\sin 5
+5|wrong|-(5)
+5|wrong|--5
+5|wrong|5e3
+5|wrong|5 million
+5|wrong|5 thousand
+5|wrong|5 dozen
+5|wrong|a5
+5|wrong|\sqrt{5}
+5|wrong|≠ 5
+5|wrong|2(5)
+5|wrong|5(2)
+5|wrong|2*5
+5|unreadable|5 or 6
+5|unreadable|4 or 5
+5|unreadable|either 4 or 5
+5|unreadable|The answer is not 5.
+5|unreadable|It can't be 5.
+5|unreadable|isn't 5
+5|unreadable|5 is incorrect
+5|unreadable|5?
+5|unreadable|I see some birds.
+5|unreadable|no idea
+5|unreadable|several
+-5|right|− 5
+-5|right|–5
+-5|right|The answer is -5.
+-5|right|minus five (-5)
+-5|right|\boxed{-5}
+0.5|right|1/2
+0.5|right|0.50
+0.5|right|\frac12
+50%|right|50 %
+50%|right|50\%
+50%|right|\frac{1}{2}
+50%|right|half (50%)
+50%|wrong|0.5%
+50%|wrong|500
+5 cm|right|5.0 cm
+5 cm|right|\boxed{5 \text{ cm}}
+5 cm|right|$5\,\text{cm}$
+5 cm|right|It is 5 cm long.
+5 cm|right|5 centimetres
+5 cm|wrong|5 mm
+5 cm|wrong|5 kg
+5 cm|wrong|6 cm
+5 cm|wrong|5 cm^2
+5 cm|wrong|10^5 cm
+5 cm|wrong|5x cm
+5 m|wrong|5 cm
+5 m/s|right|5 m/s
+5 m/s|right|18 km/h
+5 m/s|right|5
+5 m/s|wrong|5 m
+1,234|right|1234
+1,234|right|1,234
+1,234|right|1 234
+1,234|wrong|1.234
+1234|right|1,234.0
+$1,000|right|1000
+$1,000|right|$1000
+20 years|right|20
+20 years|right|20 years old
+20 years|wrong|20 days
+12 apples|right|12
+12 apples|right|twelve (12)
+3 dogs|wrong|3 cats
+45°|right|45
+45°|right|45°
+45°|right|45 degrees
+45°|right|45^\circ
+3/4|right|0.75
+3/4|right|3/4
+3/4|right|\frac{3}{4}
+3/4|right|75%
+3/4|wrong|4/3
+3/4|wrong|3
+10|wrong|10**5
+10|wrong|10e5
+3|wrong|3\times x
+3|wrong|3π
+100|right|10^2
+100|right|10**2
 """
 """A reference of kind numeric."""
 
@@ -766,5 +1191,49 @@ x=5|wrong|x=6
 \frac{1}{2}|unreadable|It is not \frac{1}{2}.
 \pi|unreadable|There is none.
 \pi|unreadable|<think>\pi
+\frac{1}{2}|right|The answer is \boxed{\frac{1}{2}}.
+\frac{1}{2}|right|½
+\frac{1}{2}|right|x = \frac{1}{2}
+2x+1|right|1+2x
+2x+1|right|y = 2x+1
+2x+1|wrong|2x-1
+2x+1|wrong|2
+(1,2)|right|\boxed{(1, 2)}
+(1,2)|right|( 1 , 2 )
+(1,2)|right|The answer is (1, 2).
+(1,2)|right|（1，2）
+(1,2)|wrong|(1,3)
+(1,2)|wrong|{1,2}
+(1,2)|wrong|1.2
+(3, 4, 5)|right|(3,4,5)
+1, 2, 3|right|3, 2, 1
+1, 2, 3|wrong|1, 2
+[1, 2]|right|[1,2]
+[1, 2]|wrong|(1,2)
+x>5|right|\boxed{x>5}
+x>5|right|The answer is x > 5.
+x>5|right|x \gt 5
+x>5|wrong|x=5
+-3<x<5|right|-3 < x < 5
+-3<x<5|wrong|-3 \le x < 5
+\sqrt{3}|right|√3
+\sqrt{3}|wrong|3
+10^5|right|10^5
+x^2|right|x²
+x^2|wrong|x
+\infty|right|∞
+5\pi|right|5π
+5\pi|wrong|5
+\frac{\pi}{2}|right|π/2
+\frac{\pi}{2}|right|\dfrac{\pi}{2}
+\text{yes}|right|yes
+\text{No}|right|\boxed{\text{No}}
+\boxed{5}|right|5
+$\frac{3}{4}$|right|0.75
+25\%|right|25%
+\$5|right|5
+90^\circ|right|90
+5\ \text{cm}|right|5 cm
+5\ \text{cm}|wrong|5 m
 """
 """A reference of kind math."""
