@@ -86,6 +86,7 @@ def test_trl_takes_them_as_they_are(rig: Rig, tmp_path: Path) -> None:
     logged = trainer.state.log_history[0]
     assert logged["rewards/letters/mean"] > 0
     assert logged["rewards/accuracy/mean"] == 0  # untrained; the data's column `kind` did not reach its option
+    assert 0 <= logged["rewards/accuracy/unreadable"] <= 1
     assert logged["rewards/flaky/mean"] == 1
     assert logged["rewards/flaky/excluded"] == 1
     assert "rewards/letters/excluded" not in logged
@@ -171,5 +172,7 @@ def test_span_facts_count_from_the_completion(rig: Rig) -> None:
     made = replace(rollout, completion_ids=tuple(tokens), latent_positions=tuple(first + p for p in (2, 3, 4)))
     facts = [(f["begin"], f["stop"], f["latents"], f["status"]) for f in span_facts(made, markers)]
     assert facts == [(1, 6, 3, "closed"), (6, 7, 0, "stray"), (7, 8, 0, "broken"), (9, 11, 0, "truncated")]
+    at = [fact["at"] for fact in span_facts(made, markers, rig.tokenizer)]
+    assert at == [len("red")] * 3 + [len("redred")]  # characters of the text before each
     in_prompt = replace(made, prompt_ids=(*rollout.prompt_ids, *span), completion_ids=(word,), latent_positions=())
     assert span_facts(in_prompt, markers) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from rl_lvr.answers import Verdict, boxed, boxes, correct, extract, kind_of, mat
 from rl_lvr.answers.mathematics import formula
 from rl_lvr.answers.numbers import read_number, read_quantity
 from rl_lvr.answers.texts import normalise
+from rl_lvr.lab.config import LabConfig
 
 KINDS = {"choice": cases.LETTER, "exact": cases.TEXT, "numeric": cases.NUMBER, "math": cases.MATHS}
 TABLE = [
@@ -328,3 +330,10 @@ def test_nothing_but_errors_is_imported_of_the_package() -> None:
         "assert {n.split('.')[1] for n in sys.modules if n.startswith('rl_lvr.')} <= {'answers', 'errors'}"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_answers_of_the_lab_are_right_by_the_rule_they_always_were() -> None:
+    """Case, surrounding punctuation and white space apart, an answer of the lab is right if it is the colour itself."""
+    words = LabConfig().puzzles("diagnostic").words
+    for said in [*words, *map(" ".join, itertools.product(words, repeat=2)), *map("".join, itertools.pairwise(words))]:
+        assert (match(said, "red").verdict is Verdict.RIGHT) == (said == "red"), said
