@@ -10,12 +10,17 @@ from typing import Any
 import cpu_runtime_env  # noqa: F401 - before all others
 import pytest
 from helpers import WORDS
+from hypothesis import HealthCheck, settings
 
 from rl_lvr.lab.tiny import FAMILIES, TinySpec, build_tiny
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts what it puts in the background that way, and the commands under test would inherit it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# How long an example takes says more about the machine than about the code; pytest's timeout bounds a test.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")

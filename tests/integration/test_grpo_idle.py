@@ -48,7 +48,7 @@ def test_loss_and_gradient_are_those_of_all_rows(
         trainer.loss_type = loss_type
         of_loss, of_gradients = differences(trainer, made)
         assert of_loss < 1e-6, loss_type
-        assert of_gradients < (1e-5 if policy == "unrolled" else 1e-6), loss_type  # rounding, latent after latent
+        assert of_gradients < (1e-4 if policy == "unrolled" else 1e-6), loss_type  # rounding, latent after latent
     assert {2, 4} <= set(seen)
     assert trainer._metrics["train"]["frac_dropped"][0] == 0.5
 

@@ -341,7 +341,8 @@ def test_in_half_precision_a_run_passes(load_tiny: Any, tmp_path: Path, half: st
     assert logged(trainer, "latent/rate")[0] > 0.3
     for name in ("logp", "latent"):
         mean, row, most = (logged(trainer, f"latent/replay_{name}_diff{end}")[0] for end in ("_mean", "_row", ""))
-        assert 1e-4 < mean < row < most < 0.1  # rounding, and far from what is refused
+        # Rounding, far from what is refused. Some processors round the replay as the rollout, and leave next to none.
+        assert mean <= row <= most < 0.1
 
 
 @pytest.mark.parametrize("half", HALF)

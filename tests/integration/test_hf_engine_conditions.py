@@ -31,7 +31,7 @@ def forced(rig):
 # ---- donors
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(answers=st.lists(st.integers(0, 4), min_size=1, max_size=40), seed=st.integers(0, 5))
 def test_every_donor_is_used_once_and_has_another_answer(answers, seed):
     most = Counter(answers).most_common(1)[0][1]

@@ -161,7 +161,6 @@ def test_random_programs_agree_with_the_reference_engine(pair):
         max_examples=7,
         derandomize=True,
         database=None,
-        deadline=None,
         phases=(Phase.generate,),
         suppress_health_check=list(HealthCheck),
     )

@@ -240,7 +240,7 @@ def layers(draw: st.DrawFn) -> Case:
     return Case(given.query, given.key, labels, 3, asked)
 
 
-@settings(max_examples=8 if here() == "triton" else 60, deadline=None)
+@settings(max_examples=8 if here() == "triton" else 60)
 @given(layers())
 def test_any_shape(layer: Case) -> None:
     truth = layer.exact()

@@ -53,7 +53,7 @@ def test_a_sealed_checkpoint_is_whole_and_nothing_is_left_beside_it(tmp_path: Pa
     require_whole(folder)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(name=st.sampled_from(sorted(FILES)), at=st.integers(0, 499), cut=st.booleans())
 def test_every_flipped_bit_and_every_cut_is_found_by_name(
     tmp_path_factory: pytest.TempPathFactory, name: str, at: int, cut: bool

@@ -226,7 +226,7 @@ def test_an_unknown_split_is_refused():
     assert generate(PuzzleConfig(), 0, "train") == []
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(rows=st.integers(1, 4), cols=st.integers(3, 6), data=st.data())
 def test_any_grid_is_one_cycle_and_its_answer_is_hops_away(rows, cols, data):
     hops = data.draw(st.integers(1, rows * cols - 1))

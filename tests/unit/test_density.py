@@ -86,7 +86,7 @@ def test_zero_noise_has_zero_gradient(law: str) -> None:
     assert float(moved.grad.abs().max()) > 0.1
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(2, 12), st.integers(0, 10_000), st.sampled_from(LAWS))
 def test_densities_do_not_see_rotations(width: int, seed: int, law: str) -> None:
     generator = torch.Generator().manual_seed(seed)

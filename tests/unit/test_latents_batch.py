@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -121,7 +121,6 @@ def test_shifting(rows: Rows, offset: int, data: st.DataObject) -> None:
     check(moved.shifted(-torch.tensor(each)), names, rows)
 
 
-@settings(deadline=None)
 @given(rows_of_positions, st.integers(0, 2**31), st.data())
 def test_through_the_shuffle_and_split_of_trl(rows: Rows, seed: int, data: st.DataObject) -> None:
     """What GRPOTrainer does to a generation batch: our tensors go along with its own token ids."""

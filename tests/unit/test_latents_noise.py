@@ -102,7 +102,7 @@ def test_seed_and_position_do_not_change_places() -> None:
 # ---- keyed
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.tuples(st.integers(-(2**63), 2**63 - 1), st.integers(0, 2**31)), min_size=1, max_size=9),
     st.integers(1, 37),
@@ -121,7 +121,7 @@ def test_a_vector_depends_on_its_key_alone(pairs: list[tuple[int, int]], size: i
     assert torch.equal(keyed_normal(strided[:, 0], strided[:, 1], size), batch)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(-(2**63), 2**63 - 1), st.integers(0, 2**62), st.integers(0, 33))
 def test_agreement_with_plain_python(seed: int, position: int, size: int) -> None:
     got = keyed_normal(keys(seed), keys(position), size)

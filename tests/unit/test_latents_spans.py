@@ -95,13 +95,13 @@ def test_every_kind_of_span(text: str, spans: list[tuple[int, int, int, SpanStat
     assert slow_parse(text) == RowSpans(expected, tuple(stray))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(rows)
 def test_the_fast_parser_agrees_with_the_slow_one(text: str) -> None:
     assert find_spans(ids(text), markers()) == slow_parse(text)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(rows)
 def test_spans_and_strays_share_out_all_marker_tokens(text: str) -> None:
     found = find_spans(ids(text), markers())
@@ -109,7 +109,7 @@ def test_spans_and_strays_share_out_all_marker_tokens(text: str) -> None:
     assert sorted(inside + list(found.stray)) == [at for at, letter in enumerate(text) if letter != "x"]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(rows)
 def test_a_format_without_markers_has_one_span_per_run_of_slots(text: str) -> None:
     text = text.replace("[", "x").replace("]", "x")
@@ -169,7 +169,7 @@ formats = st.sampled_from(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(rows, st.sampled_from(["fixed", "free"]), st.sampled_from(["at_start", "before_start"]))
 @example("[o[o]o]x[oo", "free", "before_start")
 def test_spans_to_masks_to_spans(text: str, length: str, first: str) -> None:
@@ -193,7 +193,7 @@ def test_the_round_trip_notices_a_lost_token() -> None:
         assert find_spans(ids(damaged), markers()).spans != spans
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(rows, min_size=1, max_size=4), st.integers(0, 5), st.sampled_from(["left", "right"]), formats)
 def test_padding_moves_masks_and_changes_nothing_else(
     texts: list[str], extra: int, side: str, which: FormatIds
@@ -263,7 +263,7 @@ def test_slots_without_markers_are_all_forced() -> None:
     assert (marked(masks.latent), marked(masks.forced), marked(masks.after)) == (".11.1", ".11.1", ".....")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(rows, formats)
 def test_masks_relate_to_each_other(text: str, which: FormatIds) -> None:
     if which is MARKERLESS:

@@ -58,7 +58,7 @@ def test_repetition_penalty(penalty):
     agree(draws.penalise(logits, seen, penalty), theirs)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 10_000),
     temperature=st.sampled_from([0.3, 0.8, 1.0, 1.7]),
@@ -174,7 +174,7 @@ def test_settings_out_of_range(bad):
         Sampling(**bad)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 10_000),
     temperature=st.sampled_from([0.0, 0.3, 1.0, 1.7]),

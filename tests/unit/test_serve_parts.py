@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
@@ -76,7 +76,6 @@ def test_settings_arrive_as_they_were() -> None:
     assert protocol.settings_from_json(sent) == SETTINGS
 
 
-@settings(deadline=None)
 @given(
     arrays.arrays("float32", st.tuples(st.integers(0, 5), st.just(4)), elements=st.floats(width=32)),
     arrays.arrays("float32", st.integers(0, 6), elements=st.floats(width=32, allow_nan=False)),

@@ -43,7 +43,7 @@ def together(rows: list[list[int]], markers: FormatIds) -> Regions:
     return find_regions(ids, torch.ones_like(ids), completion, markers, IMAGE, segments)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(rows=ROWS, first=st.sampled_from(["at_start", "before_start"]))
 def test_padding_and_packing_change_nothing(rows, first):
     markers = FORMATS[first]
@@ -117,7 +117,7 @@ def test_neighbours_stay_in_their_span():
 # ---- entropy within a region
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10_000), window=st.sampled_from([None, 3]), scale=st.sampled_from([0.1, 1.0, 8.0]))
 def test_region_entropy_is_its_definition(seed, window, scale):
     draw = torch.Generator().manual_seed(seed)

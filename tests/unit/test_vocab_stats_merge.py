@@ -63,7 +63,7 @@ def assert_points_at_its_values(part: Partial, values: Tensor) -> None:
     assert torch.equal(values.gather(1, part.argmax[:, None])[:, 0], part.maximum)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cuts())
 def test_merge_is_associative_commutative_and_complete(drawn: tuple[Tensor, list[int]]) -> None:
     values, borders = drawn
@@ -75,7 +75,7 @@ def test_merge_is_associative_commutative_and_complete(drawn: tuple[Tensor, list
     assert_points_at_its_values(whole, values)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(logits())
 def test_the_empty_set_is_the_identity(values: Tensor) -> None:
     whole = part(values, 0, values.shape[1])
