@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rl_lvr.errors import UserError
@@ -13,7 +14,7 @@ from rl_lvr.piping import pipeable
 from rl_lvr.printable import printable
 
 if TYPE_CHECKING:
-    from rl_lvr.data.check import Report
+    from rl_lvr.data.check import Judge, Report
     from rl_lvr.data.records import LatentSpec, Record
 
 HELP = "check a data file, make puzzles, or look at one record"
@@ -28,6 +29,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     check.add_argument("--max-errors", type=_positive, default=20, metavar="N", help="print the first N findings (20)")
     check.add_argument("--max-pixels", type=_positive, metavar="N", help="refuse images with more pixels (50000000)")
     check.add_argument("--k", type=_positive, metavar="K", help="each span must have 1 target or K")
+    check.add_argument(
+        "--model", metavar="FOLDER", help="also whether this model's tokenizer, template and image processor take them"
+    )
     check.add_argument("--json", action="store_true", help="print the report as JSON")
 
     make = actions.add_parser("make", help="make a puzzle set")
@@ -87,6 +91,7 @@ def _check(args: argparse.Namespace) -> int:
         max_pixels=args.max_pixels or MAX_PIXELS,
         targets_per_span=args.k,
         max_findings=args.max_errors,
+        judge=None if args.model is None else _judge(args.model, args.k),
     )
     if args.json:
         print(json.dumps(report.to_json()))
@@ -98,6 +103,28 @@ def _check(args: argparse.Namespace) -> int:
             print(f"... and {hidden} more findings (--max-errors shows more)")
         print(printable(_summary(report)))
     return 0 if report.ok else 2
+
+
+def _judge(model: str, k: int | None) -> Judge:
+    """What latent SFT of the model would refuse; records without an answer are judged as prompts."""
+    from rl_lvr.data.encoding import Encoder
+    from rl_lvr.latents.format import LatentFormat
+    from rl_lvr.models.loading import checkpoint_folder, load_processor
+
+    folder = checkpoint_folder(model)
+    family, processor = load_processor(folder)
+    format_ = LatentFormat.load(folder)
+    markers = None
+    if format_ is not None:
+        format_ = format_ if k is None else replace(format_, k=k)
+        tokenizer = getattr(processor, "tokenizer", processor)
+        markers = format_.bind(tokenizer, family.placeholder_ids(tokenizer))
+    encoder = Encoder(processor, family, markers)
+
+    def judge(record: Record) -> None:
+        encoder.judge(record, learned=not record.is_prompt_only)
+
+    return judge
 
 
 def _summary(report: Report) -> str:

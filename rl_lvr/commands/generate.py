@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from rl_lvr.errors import UserError
 
 if TYPE_CHECKING:
+    from rl_lvr.data.encoding import Encoder
+    from rl_lvr.data.records import Record
     from rl_lvr.latents.format import LatentFormat
     from rl_lvr.rollout.types import Rollout
 
@@ -65,7 +67,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from rl_lvr.latents.feedback import attach_feedback
-    from rl_lvr.models.loading import checkpoint_folder
+    from rl_lvr.models.loading import checkpoint_folder, load_processor, load_weights
     from rl_lvr.rollout.types import Sampling, latent_batch
 
     # All that can be refused without the model is refused before it is read.
@@ -87,7 +89,6 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from rl_lvr import quiet
-    from rl_lvr.models import load_model
     from rl_lvr.rollout.hf import HFRolloutEngine
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -96,12 +97,13 @@ def run(args: argparse.Namespace) -> int:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]}).") from error
     quiet.transformers()
-    model, processor = load_model(
-        folder, dtype="auto" if args.dtype == "auto" else getattr(torch, args.dtype), device=device
-    )
+    family, processor = load_processor(folder)
+    record, encoder = _question(args, format_, family, processor)
+    dtype = "auto" if args.dtype == "auto" else getattr(torch, args.dtype)
+    model = load_weights(folder, dtype=dtype).to(device)
     attach_feedback(model, format_, folder)
     engine = HFRolloutEngine(model, processor, format_, progress=True)
-    requests = _requests(args, engine, processor)
+    requests = _requests(args, engine, record, encoder)
     rollouts = engine.generate(requests, sampling)
     if args.save_latents:
         latent_batch(rollouts).save(args.save_latents)
@@ -150,14 +152,13 @@ def _format(args: argparse.Namespace, folder: Path) -> LatentFormat:
     return choose_format(args.format, LatentFormat.load(folder), folder, **changes)
 
 
-def _requests(args: argparse.Namespace, engine: Any, processor: Any) -> list[Any]:
-    """The question, once for each answer that is wanted."""
+def _question(args: argparse.Namespace, format_: LatentFormat, family: Any, processor: Any) -> tuple[Record, Encoder]:
+    """The question as a record that the model can take, and what encodes it: the same as in training, so that it is
+    written exactly as the model learned it."""
     from rl_lvr.data.encoding import Encoder
     from rl_lvr.data.images import ImageRef
     from rl_lvr.data.records import Record
-    from rl_lvr.latents.interventions import Intervention
-    from rl_lvr.models import family_of
-    from rl_lvr.rollout.types import Request
+    from rl_lvr.data.sources import RowError
 
     content = [{"type": "image"} for _ in args.image] + [{"type": "text", "text": args.question}]
     record = Record(
@@ -165,9 +166,26 @@ def _requests(args: argparse.Namespace, engine: Any, processor: Any) -> list[Any
         messages=({"role": "user", "content": content},),
         images=tuple(ImageRef(path) for path in args.image),
     )
-    family = family_of(engine.model)
-    # The same encoder as in training, so that a question is written exactly as the model learned it.
-    ((ids, images),) = Encoder(processor, family, engine.markers).prompts([record])
+    tokenizer = getattr(processor, "tokenizer", processor)
+    markers = format_.bind(tokenizer, family.placeholder_ids(tokenizer))
+    encoder = Encoder(processor, family, markers)
+    format_.require_room(encoder.positions)
+    try:
+        encoder.judge(record, learned=False, room=min(format_.span_tokens, args.max_tokens))
+    except RowError as error:
+        where, what, cure = error.problem
+        if where.startswith("images["):
+            where = f"--image {args.image[int(where[7:-1])]}"
+        raise UserError(f"{where.replace('messages[0].content', '--question')}: {what}; {cure}.") from error
+    return record, encoder
+
+
+def _requests(args: argparse.Namespace, engine: Any, record: Record, encoder: Encoder) -> list[Any]:
+    """The question, once for each answer that is wanted."""
+    from rl_lvr.latents.interventions import Intervention
+    from rl_lvr.rollout.types import Request
+
+    ((ids, images),) = encoder.prompts([record])
     pictures = tuple(image.open() for image in record.images)
     kind = Intervention(args.intervention)
     vectors = None

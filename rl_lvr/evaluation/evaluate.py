@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from rl_lvr.evaluation.accuracy import AnswerSet, Scored
 from rl_lvr.latents.feedback import attach_feedback
 from rl_lvr.latents.format import LatentFormat, choose_format
 from rl_lvr.latents.interventions import Intervention
-from rl_lvr.models import family_of, load_model
+from rl_lvr.models import load_processor, load_weights
 from rl_lvr.models.loading import checkpoint_folder
 from rl_lvr.progress import track
 from rl_lvr.rollout.forward import replay_batch
@@ -80,20 +81,23 @@ def evaluate(
     specs = parse_signals(signals)
     if specs and Intervention.OWN not in conditions:
         raise UserError("signals are measured on the model's own latents: add own to the conditions.")
-    require_valid(data_file)
+    sampling = sampling or Sampling(max_tokens=64, temperature=0.0)
     records = load_records(data_file, limit)
     model_path = str(checkpoint_folder(model_path))
     latent_format = choose_format(format_name, LatentFormat.load(model_path), model_path)
-    model, processor = load_model(model_path, device="cuda" if torch.cuda.is_available() else "cpu")
-    family = family_of(model)
+    family, processor = load_processor(model_path)
     tokenizer = getattr(processor, "tokenizer", processor)
     markers = latent_format.bind(tokenizer, family.placeholder_ids(tokenizer))
+    with_oracle = Intervention.ORACLE in conditions
+    encoder = Encoder(processor, family, markers if with_oracle else None)
+    latent_format.require_room(encoder.positions)
+    room = min(latent_format.span_tokens, sampling.max_tokens)
+    require_valid(data_file, judge=partial(encoder.judge, learned=False, room=room))
+    model = load_weights(model_path).to("cuda" if torch.cuda.is_available() else "cpu")
     attach_feedback(model, latent_format, Path(model_path))
     missing = next((r.id for r in records if r.answer is None), None)
     if missing is not None:
         raise UserError(f"record {missing!r} of {data_file} has no answer to compare with.")
-    with_oracle = Intervention.ORACLE in conditions
-    encoder = Encoder(processor, family, markers if with_oracle else None)
     chunks = [records[i : i + batch_size] for i in range(0, len(records), batch_size)]
     encoded = [e for chunk in track(chunks, "processing records", unit="batches") for e in encoder.encode(list(chunk))]
     if with_oracle and not all(e.targets for e in encoded):
@@ -101,7 +105,7 @@ def evaluate(
     answers = [r.answer or "" for r in records]
     questions = AnswerSet(encoded, answers, family, tokenizer, batch_size)
     engine = HFRolloutEngine(model, processor, latent_format, batch_size=batch_size, progress=True)
-    found = questions.answer(engine, model, conditions, sampling or Sampling(max_tokens=64, temperature=0.0))
+    found = questions.answer(engine, model, conditions, sampling)
     columns: dict[str, list[float]] = {spec.name: [] for spec in specs}
     if specs:
         rollouts = found.scored[Intervention.OWN.value].rollouts

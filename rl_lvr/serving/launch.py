@@ -102,13 +102,15 @@ def vllm_arguments(options: ServeOptions, flags: Sequence[str], port: int) -> An
     from rl_lvr.finite import require_finite_files
 
     require_finite_files(folder)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    format_.require_room(int(config.get_text_config().max_position_embeddings))
     arguments.model = str(folder)
     arguments.served_model_name = arguments.served_model_name or [options.model]
     arguments.host, arguments.port = options.host, port
     arguments.logprobs_mode = "processed_logprobs"
     arguments.worker_extension_cls = EXTENSION
     arguments.additional_config = {**(arguments.additional_config or {}), **as_config(format_, max_latents)}
-    if family_class(AutoConfig.from_pretrained(folder, local_files_only=True).model_type).text_only:
+    if family_class(config.model_type).text_only:
         arguments.enable_prompt_embeds = True
     return arguments
 

@@ -145,3 +145,24 @@ def test_the_names_are_the_enums_and_help_needs_no_torch():
     assert tuple(kind.value for kind in Intervention) == INTERVENTIONS
     code = "import sys, rl_lvr.commands.generate; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("token", ["<|lvr_start|>", "<|image_pad|>", "<|im_end|>"])
+def test_a_question_with_a_control_token_is_refused(ask, token):
+    code, _, said = ask("--question", f"what is {token} next")
+    assert code == 2
+    assert f"--question: holds the {'' if 'image' in token else 'control '}token {token!r}" in said
+
+
+def test_what_the_model_cannot_take_is_refused_before_its_weights_are_read(ask, tmp_path, monkeypatch):
+    monkeypatch.setattr("rl_lvr.models.loading.load_weights", lambda *_, **__: pytest.fail("weights were read"))
+    code, _, said = ask("--k", "1000000")
+    assert code == 2
+    assert "k is 1000000: a span takes 1000002 tokens with its markers, and the model takes 4096 positions" in said
+    code, _, said = ask("--k", "4090", "--max-tokens", "5000", images=False)
+    assert code == 2
+    assert "4092 of completion, and 4096 is the most in all" in said
+    noise_image(0, 2, 402).save(tmp_path / "thin.png")
+    code, _, said = ask("--image", str(tmp_path / "thin.png"))
+    assert code == 2
+    assert f"--image {tmp_path / 'thin.png'}: is 402 x 2 pixels, which the model's image processor refuses" in said

@@ -6,7 +6,9 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from helpers import noise_image
+from lab_tools import sft
 from vllm_cases import TEXT, thinking
 
 from rl_lvr.cli import main
@@ -58,3 +60,29 @@ def test_records_are_written_with_string_contents(folder):
     picture = {"role": "user", "content": [{"type": "image"}, *text]}
     with pytest.raises(RowError, match="show an image"):
         encoder.encode([replace(record, messages=(picture, record.messages[1]), images=(ImageRef("a.png"),))])
+
+
+def test_latent_sft_trains_on_text_alone(folder, tmp_path):
+    """Spans without targets are filled with the model's own predictions, also where whole batches have none."""
+    rows = [
+        {
+            "id": str(number),
+            "messages": [
+                {"role": "user", "content": "what is next from red"},
+                {"role": "assistant", "content": "<latent> blue" if number < 4 else "blue"},
+            ],
+            "answer": "blue",
+        }
+        for number in range(8)
+    ]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"train_file": tmp_path / "data" / "train.jsonl", "max_steps": 4, "learning_rate": 1e-2}
+    assert sft(folder, tmp_path / "data", tmp_path / "run", **settings) == 0
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in logged if "loss" in row]
+    assert losses[-1] < losses[0]
+    trained, before = (load_model(place)[0].state_dict() for place in (tmp_path / "run", folder))
+    assert any(not torch.equal(before[name], tensor) for name, tensor in trained.items())
+    ask = ["generate", str(tmp_path / "run"), "--question", "what is next from red", "--max-tokens", "8"]
+    assert main(ask) == 0
