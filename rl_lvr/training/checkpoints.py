@@ -22,6 +22,8 @@ from rl_lvr.errors import UserError
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
 _READERS = 4
+_STATE = "trainer_state.json"
+"""Of transformers, which writes it last."""
 _Answer = TypeVar("_Answer")
 
 
@@ -91,11 +93,21 @@ def defect(folder: Path) -> str | None:
     return f"has an altered file {altered[0]}" if altered else None
 
 
+def foreign(folder: Path) -> bool:
+    """Whether a checkpoint was written by TRL or transformers alone: whole as far as can be told, but not sealed."""
+    return (folder / _STATE).is_file() and not (folder / MANIFEST).exists() and not any(folder.glob("moment-*.json"))
+
+
+def unfit(folder: Path) -> str | None:
+    """Why a checkpoint cannot be resumed, as the rest of a sentence. One that is `foreign` cannot be verified."""
+    return None if foreign(folder) else defect(folder)
+
+
 def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
     """The checkpoint written last of those that verify, and a clause about each one passed over on the way."""
     passed: list[str] = []
     for folder in _newest_first(run):
-        wrong = defect(folder)
+        wrong = unfit(folder)
         if wrong is None:
             return folder, passed
         passed.append(f"{folder.name} {wrong}")
@@ -104,7 +116,7 @@ def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
 
 def require_whole(checkpoint: Path) -> None:
     """Refuse a checkpoint that is not as it was written, and name the one to take instead."""
-    wrong = defect(checkpoint)
+    wrong = unfit(checkpoint)
     if wrong is None:
         return
     other, _ = newest_whole(checkpoint.parent)

@@ -27,6 +27,7 @@ from rl_lvr.training.settings import (
 LOSSES = ("nll", "dft", "chunked_nll")
 """Of TRL."""
 SCHEDULES = ("constant", "linear", "cosine")
+ON_RECORDS = "on records"
 WITH_RECORDS = {
     "assistant_only_loss": "the assistant's last turn is what is learned",
     "chat_template_path": "put the template into the model's folder",
@@ -137,5 +138,5 @@ class SFTRecipe(RunSettings, LatentSFTConfig):
 
     def __post_init__(self) -> None:
         check_run(self)
-        refuse_unused(self, WITH_RECORDS, "on records")
+        refuse_unused(self, WITH_RECORDS, ON_RECORDS)
         super().__post_init__()

@@ -32,15 +32,17 @@ from rl_lvr.rollout.hf import HFRolloutEngine
 from rl_lvr.rollout.record import FOLDER, RolloutLog
 from rl_lvr.rollout.types import Capability, RolloutEngine, Sampling, latent_batch
 from rl_lvr.signals import parse_signals
-from rl_lvr.training.grpo_checks import CheckedGRPO, check_settings, dropout_of, refuse_dropout, refuse_tools
+from rl_lvr.training.grpo_checks import CheckedGRPO, check_settings, dropout_of, refuse_dropout
 from rl_lvr.training.grpo_columns import has_span, made_columns, read_completions, record, require_columns
-from rl_lvr.training.grpo_config import LatentGRPOConfig
+from rl_lvr.training.grpo_config import ARGUMENTS_WITH_LATENTS, LatentGRPOConfig
 from rl_lvr.training.grpo_idle import Kept, drops_idle, level_rows
 from rl_lvr.training.grpo_inputs import WithoutEmptyImages, processed_once, with_image_lists
 from rl_lvr.training.grpo_pass import FedModel, own_latents
 from rl_lvr.training.grpo_turn import Turn, build_requests, request_seed
 from rl_lvr.training.latent_policy import LatentActions, Pricing, latent_loss
+from rl_lvr.training.reward_models import text_for_models
 from rl_lvr.training.rewards import require_whole_groups, signals_of, weights_at
+from rl_lvr.training.settings import WITH_FORMAT
 from rl_lvr.training.trl_arguments import (
     STORED,
     adapter_with_feedback,
@@ -49,6 +51,7 @@ from rl_lvr.training.trl_arguments import (
     model_of,
     name_of,
     processor_of,
+    refuse_arguments,
     specs_of,
 )
 
@@ -99,7 +102,13 @@ class LatentGRPOTrainer(CheckedGRPO):
         if chosen is None:
             self._without_latents(engine)
         else:
-            refuse_tools({"tools": tools, "environment_factory": environment_factory, "rollout_func": rollout_func})
+            refuse_arguments(
+                ARGUMENTS_WITH_LATENTS,
+                WITH_FORMAT,
+                tools=tools,
+                rollout_func=rollout_func,
+                environment_factory=environment_factory,
+            )
             model = model_of(model, config, chosen, quantization_config)
             peft_config = adapter_with_feedback(peft_config, model)
             if processing_class is None:
@@ -425,7 +434,8 @@ class LatentGRPOTrainer(CheckedGRPO):
         each = self.multi_objective_aggregation == "normalize_then_sum"
         inputs = inputs if self._rows is None else self._rows  # with the columns that the data has
         if self.markers is None:
-            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            with text_for_models(self):
+                rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
             self._level = level_rows(rewards, self.reward_weights, size, each=each)
             return rewards
         turn = self._turn
@@ -440,7 +450,7 @@ class LatentGRPOTrainer(CheckedGRPO):
         if clash:
             raise UserError(f"the data has a column {clash[0]!r}, which the trainer makes itself: rename it.")
         rows = [{**row, **{name: values[i] for name, values in columns.items()}} for i, row in enumerate(inputs)]
-        with self._phase("reward"):
+        with self._phase("reward"), text_for_models(self):
             rewards = super()._calculate_rewards(rows, prompts, completions, completion_ids_list)
         if self.log_completions:
             self._log_completion_extra("latents", [len(rollout.latent_positions) for rollout in turn.rollouts])

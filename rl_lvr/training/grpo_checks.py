@@ -23,7 +23,7 @@ from rl_lvr.training.grpo_config import WITH_LATENTS, LatentGRPOConfig
 from rl_lvr.training.grpo_pass import own_latents
 from rl_lvr.training.grpo_phases import TimedGRPO
 from rl_lvr.training.grpo_turn import ROW_SHARE, Turn, replay_difference, require_agreement
-from rl_lvr.training.settings import refuse_unused
+from rl_lvr.training.settings import WITH_FORMAT, refuse_unused
 
 PARITY_ROWS = 4
 RATIO_BAND = (0.9, 1.1)
@@ -204,7 +204,7 @@ class CheckedGRPO(TimedGRPO):
 
 def check_settings(args: LatentGRPOConfig, latent_format: LatentFormat, hidden_size: int) -> None:
     """Refuse settings that only TRL's own generation would read, and those that a latent format rules out."""
-    refuse_unused(args, WITH_LATENTS, "with a latent format")
+    refuse_unused(args, WITH_LATENTS, WITH_FORMAT)
     answer, span = args.max_completion_length, latent_format.span_tokens
     if latent_format.length == "fixed" and latent_format.feedback != "none" and answer is not None and answer < span:
         raise UserError(
@@ -247,10 +247,3 @@ def dropout_of(model: nn.Module) -> tuple[str, float]:
         if isinstance(attention, float):  # else it is a module, and comes by itself
             found.append(("attention_dropout", attention))
     return max(found, key=lambda pair: pair[1])
-
-
-def refuse_tools(more: Mapping[str, Any]) -> None:
-    """What would put tokens into a completion that no engine made, and no carrier knows of."""
-    for name in ("tools", "environment_factory", "rollout_func"):
-        if more.get(name):
-            raise UserError(f"{name} is TRL's own way to generate, without latents: leave it out, or latent_format.")

@@ -10,7 +10,7 @@ from trl import GRPOConfig
 from rl_lvr.errors import UserError, near_miss
 from rl_lvr.latents.density import Law
 from rl_lvr.training.faults import RolloutSettings
-from rl_lvr.training.settings import CHOICES, Defaults, require_finite, require_words, settle_device
+from rl_lvr.training.settings import CHOICES, ON_LATENTS, Defaults, require_finite, require_words, settle_device
 
 TRL_CHOICES: dict[str, tuple[Any, ...]] = {
     "loss_type": ("grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"),
@@ -23,7 +23,7 @@ TRL_CHOICES: dict[str, tuple[Any, ...]] = {
 """What TRL looks at in the first loss, after a whole generation batch."""
 POLICIES = ("context", "unrolled", "gaussian", "spherical")
 _ENGINE = "the trainer's engine generates: its options are in docs/engines.md"
-WITH_LATENTS = {
+WITH_LATENTS = ON_LATENTS | {
     "use_vllm": "it generates without latents: give the trainer an engine",
     "use_transformers_continuous_batching": "it generates without latents: give the trainer an engine",
     "use_transformers_paged": "it generates without latents: give the trainer an engine",
@@ -44,7 +44,13 @@ WITH_LATENTS = {
     "vllm_max_model_length": _ENGINE,
     "vllm_tensor_parallel_size": _ENGINE,
 }
-"""Settings of TRL that a latent format leaves nothing to read, and why. They are refused, not ignored."""
+"""Settings of TRL that cannot be used with a latent format, and why. They are refused, not ignored."""
+ARGUMENTS_WITH_LATENTS = {
+    "tools": "it is TRL's own way to generate",
+    "rollout_func": "it is TRL's own way to generate",
+    "environment_factory": "it is TRL's own way to generate",
+}
+"""The same for arguments of `GRPOTrainer`, beside `settings.ARGUMENTS_ON_LATENTS`."""
 
 
 @dataclass

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rl_lvr.errors import UserError
+from rl_lvr.errors import Fault, UserError
 from rl_lvr.latents.format import FormatIds
 from rl_lvr.rollout.hf import HFRolloutEngine
 from rl_lvr.rollout.types import Request, Rollout, RolloutEngine, Sampling, StopReason
 from rl_lvr.training.callbacks import Abandoned
 from rl_lvr.training.faults import RULES, agree, agreed, sort_rollouts, watched
 from rl_lvr.training.grpo_resuming import ResumableGRPO
+from rl_lvr.training.reward_models import defect_of
 
 
 class GuardedGRPO(ResumableGRPO):
@@ -117,5 +118,7 @@ class GuardedGRPO(ResumableGRPO):
         if error is not None and self.args.world_size == 1:
             raise error
         agree(self.accelerator, None if error is None else str(error).rstrip("."), error)
+        if (problem := defect_of(rewards, self.reward_funcs, self.reward_func_names)) is not None:
+            raise Fault(f"{problem}: check its weights and its pad token.")  # the rewards of all processes: all raise
         self._heed()
         return rewards

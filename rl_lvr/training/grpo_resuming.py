@@ -24,6 +24,7 @@ from trl import GRPOTrainer
 from rl_lvr.errors import UserError
 from rl_lvr.latents.inject import unwrapped
 from rl_lvr.rollout.record import FOLDER, drop_from
+from rl_lvr.training.checkpoints import foreign
 from rl_lvr.training.faults import Idle
 from rl_lvr.training.resuming import Moment, Resumable
 
@@ -90,7 +91,7 @@ class ResumableGRPO(Resumable, GRPOTrainer):
                 f"{checkpoint} lies inside a generation batch of {count} processes: resume it with as many."
             )
         super()._load_moment(checkpoint)
-        if self.args.sync_ref_model:
+        if self.args.sync_ref_model and not foreign(checkpoint):  # TRL begins with a new reference there
             self._load_reference(checkpoint / _REFERENCE)
 
     def _load_buffer(self, checkpoint: Path) -> list[dict[str, Any]] | None:

@@ -29,12 +29,13 @@ from rl_lvr.errors import Fault, UserError
 from rl_lvr.finite import first_not_finite
 from rl_lvr.latents.feedback import NAME as FEEDBACK
 from rl_lvr.latents.feedback import restore_feedback
-from rl_lvr.latents.format import FormatIds
+from rl_lvr.latents.format import FormatIds, LatentFormat
 from rl_lvr.latents.inject import unwrapped
 from rl_lvr.models import load_weights
 from rl_lvr.training.callbacks import Abandoned, Interrupt
 from rl_lvr.training.checkpoints import (
     PARTIAL,
+    foreign,
     from_main,
     newest_whole,
     publish,
@@ -116,10 +117,13 @@ class Resumable(Trainer):
             return None
         if resume is not True:
             require_whole(Path(resume))
-            return str(resume)
-        found, passed = newest_whole(run)
-        if found is None:
-            raise UserError(f"there is no whole checkpoint in {run}{''.join(f'; {clause}' for clause in passed)}.")
+            found = Path(resume)
+        else:
+            newest, passed = newest_whole(run)
+            if newest is None:
+                raise UserError(f"there is no whole checkpoint in {run}{''.join(f'; {clause}' for clause in passed)}.")
+            found = newest
+        require_format(found, None if self.markers is None else self.markers.format)
         return str(found)
 
     def _best_so_far(self, checkpoint: Path) -> str | None:
@@ -211,6 +215,8 @@ class Resumable(Trainer):
         written = len(list(checkpoint.glob("moment-*.json")))
         if written != self.args.world_size:
             what = f"is of {written} processes, not {self.args.world_size}" if written else "holds nothing but weights"
+            if foreign(checkpoint):
+                what = "was not written by rl-lvr and is not verified"
             if self.is_world_process_zero():
                 print(f"{checkpoint} {what}: the run goes on, but not as it would have there", file=sys.stderr)
             return
@@ -379,6 +385,16 @@ class Resumable(Trainer):
 
 class _DoneError(Exception):
     """The checkpoint that is resumed is that of the last step; transformers would take another one."""
+
+
+def require_format(checkpoint: str | Path, latent_format: LatentFormat | None) -> None:
+    """Refuse a checkpoint that was trained with another latent format than this run has, or with none."""
+    stored = LatentFormat.load(checkpoint)
+    if stored != latent_format:
+        raise UserError(
+            f"checkpoint {checkpoint} was trained {f'with {stored}' if stored else 'without latents'}, "
+            f"this run asks for {latent_format or 'none'}: resume with the settings that it was started with."
+        )
 
 
 class _Boundaries(TrainerCallback):

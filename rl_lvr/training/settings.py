@@ -18,6 +18,7 @@ from rl_lvr.latents.format import LatentFormat, choose_format
 from rl_lvr.latents.interventions import Intervention
 from rl_lvr.models import Family
 
+WITH_FORMAT = "with a latent format"
 EVAL_CONDITIONS = tuple(
     c.value
     for c in (
@@ -42,6 +43,15 @@ WITHOUT_EFFECT = {
     "train_sampling_strategy": "the order is random",
 }
 """Settings of TRL and transformers that no verb can honour, and why. They are refused, not ignored."""
+
+ON_LATENTS = {
+    "fsdp": "latents are not supported under it: use DeepSpeed",
+    "parallelism_config": "latents are not supported where a sequence or a layer is split",
+    "torch_compile": "a compiled model does not look its embeddings up where latents enter",
+}
+"""Settings of transformers that no training with latents supports, and why. They are refused at construction."""
+ARGUMENTS_ON_LATENTS = {"quantization_config": "the engine's latents would differ from those of a quantised trainer"}
+"""The same for arguments of TRL's trainers."""
 
 
 @dataclass
@@ -153,13 +163,13 @@ def check_run(config: Any) -> None:
 
 
 def refuse_unused(args: Any, table: Mapping[str, str], where: str) -> None:
-    """Refuse settings of `table` (name: why it has no effect) that were changed from their default."""
+    """Refuse settings of `table` (name: why) that were changed from their default."""
     known = {entry.name: entry for entry in fields(args)}
     for name, why in table.items():
         entry, value = known[name], getattr(args, name)
         default = entry.default if entry.default_factory is MISSING else entry.default_factory()
         if value is not None and value != {} and value != default:
-            raise UserError(f"{name} has no effect {where} ({why}): leave it out.")
+            raise UserError(f"{name} cannot be used {where} ({why}): leave it out.")
 
 
 def freeze_vision(family: Family, model: nn.Module, *, tower: bool = True, merger: bool = True) -> None:

@@ -29,10 +29,10 @@ from rl_lvr.latents.inject import inject, unwrapped
 from rl_lvr.latents.spans import span_masks
 from rl_lvr.models import family_of
 from rl_lvr.rollout.forward import evaluating
-from rl_lvr.training.config import ARGUMENTS_WITH_RECORDS, WITH_RECORDS, LatentSFTConfig
+from rl_lvr.training.config import ARGUMENTS_WITH_RECORDS, ON_RECORDS, WITH_RECORDS, LatentSFTConfig
 from rl_lvr.training.objectives import LatentPairs, latent_objective
 from rl_lvr.training.resuming import Moment, Resumable
-from rl_lvr.training.settings import refuse_unused
+from rl_lvr.training.settings import ON_LATENTS, WITH_FORMAT, refuse_unused
 from rl_lvr.training.trl_arguments import (
     STORED,
     adapter_with_feedback,
@@ -105,8 +105,10 @@ class LatentSFTTrainer(Resumable, SFTTrainer):
             "formatting_func": formatting_func,
         }
         if self._on_records:
-            refuse_arguments(arguments, ARGUMENTS_WITH_RECORDS, "on records")
-            refuse_unused(config, WITH_RECORDS, "on records")
+            refuse_arguments(ARGUMENTS_WITH_RECORDS, ON_RECORDS, **arguments)
+            refuse_unused(config, WITH_RECORDS, ON_RECORDS)
+            if chosen is not None:
+                refuse_unused(config, ON_LATENTS, WITH_FORMAT)
             _require_records("train_dataset", train_dataset)
             if eval_dataset is not None:
                 _require_records("eval_dataset", eval_dataset)

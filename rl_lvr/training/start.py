@@ -25,6 +25,7 @@ from rl_lvr.latents.format import FormatIds, LatentFormat
 from rl_lvr.models import Family, load_processor, load_weights
 from rl_lvr.models.loading import checkpoint_folder
 from rl_lvr.training.callbacks import StopAt
+from rl_lvr.training.resuming import require_format
 from rl_lvr.training.run import open_run
 from rl_lvr.training.settings import evaluates
 
@@ -70,12 +71,8 @@ def check_start(
         StopAt(config.stop_at)  # refuses a rule that it cannot read
     checkpoint = open_run(config.output_dir, config.resume_from_checkpoint, config.overwrite)
     chosen = config.format_of(LatentFormat.load(path), path)
-    stored = None if checkpoint is None else LatentFormat.load(checkpoint)
-    if checkpoint is not None and stored != chosen:
-        raise UserError(
-            f"checkpoint {checkpoint} was trained {f'with {stored}' if stored else 'without latents'}, "
-            f"this recipe asks for {chosen or 'none'}: resume with the settings that it was started with."
-        )
+    if checkpoint is not None:
+        require_format(checkpoint, chosen)
     return Start(path, checkpoint, chosen)
 
 

@@ -25,6 +25,7 @@ from rl_lvr.latents.feedback import attach_feedback
 from rl_lvr.latents.format import FORMAT_FILE, LatentFormat, choose_format
 from rl_lvr.latents.inject import unwrapped
 from rl_lvr.training.rewards import RewardSpec, Schedule, spec_of
+from rl_lvr.training.settings import ARGUMENTS_ON_LATENTS, WITH_FORMAT
 
 STORED = "stored"
 """`latent_format` of a trainer: the format stored with the model; a model without one trains without latents."""
@@ -38,13 +39,13 @@ def name_of(model: str | nn.Module) -> str:
 
 
 def config_of(args: Any, kind: type[_Config], plain: type[GRPOConfig] | type[SFTConfig], output_dir: str) -> _Config:
-    """`args` as a config of `kind`; None is TRL's default config.
+    """`args` as a config of `kind`; None is the default one.
 
     The values of a config of TRL (`plain`) are kept as they are, and fields that `kind` adds get their defaults. The
     fields are not passed through TRL's `__post_init__` a second time, which refuses what it derived itself.
     """
     if args is None:
-        args = plain(output_dir)
+        return kind(output_dir)
     if isinstance(args, kind):
         return args
     if not isinstance(args, plain):
@@ -60,11 +61,11 @@ def config_of(args: Any, kind: type[_Config], plain: type[GRPOConfig] | type[SFT
     return made
 
 
-def refuse_arguments(given: Mapping[str, Any], table: Mapping[str, str], where: str) -> None:
-    """Refuse arguments of a trainer that are set; `table` says why each has no effect."""
+def refuse_arguments(table: Mapping[str, str], where: str, **given: Any) -> None:
+    """Refuse arguments of a trainer that are `given`; `table` says why each cannot be used."""
     for name, why in table.items():
         if given[name]:
-            raise UserError(f"{name} has no effect {where} ({why}): leave it out.")
+            raise UserError(f"{name} cannot be used {where} ({why}): leave it out.")
 
 
 def format_of(model: str | nn.Module, latent_format: LatentFormat | str | None) -> LatentFormat | None:
@@ -91,11 +92,9 @@ def model_of(model: str | nn.Module, args: Any, latent_format: LatentFormat | No
     given = dict(args.model_init_kwargs or {})
     if quantization_config is not None:
         given["quantization_config"] = quantization_config
-    if latent_format is not None and given.get("quantization_config") is not None:
-        raise UserError(
-            "quantization_config is not supported with a latent format: the engine's latents would differ from those "
-            "of a quantised trainer. Leave it out."
-        )
+    if latent_format is not None:
+        quantised = given.get("quantization_config")
+        refuse_arguments(ARGUMENTS_ON_LATENTS, WITH_FORMAT, quantization_config=quantised)
     folder = _folder(model)
     loaded: Any = model
     if isinstance(model, str):
@@ -152,6 +151,8 @@ def _spec(reward: Any) -> RewardSpec:
     if isinstance(reward, RewardSpec):
         return reward
     if isinstance(reward, str | nn.Module):
+        if isinstance(reward, nn.Module):
+            reward.eval()
         name = name_of(reward).split("/")[-1]
         doc = "a reward model, which TRL runs on prompts and completions"
         return RewardSpec(name, name_of(reward), reward, 1.0, Schedule(), (), frozenset(), frozenset(), doc)

@@ -102,6 +102,7 @@ def make_trainer(
     *,
     kind: type[LatentGRPOTrainer] = LatentGRPOTrainer,
     reward_names: tuple[str, ...] = ("letters",),
+    reward_funcs: Any = None,
     data: Dataset | None = None,
     engine: Any = None,
     peft_config: Any = None,
@@ -114,7 +115,7 @@ def make_trainer(
     changes.setdefault("latent_sigma", SIGMAS.get(policy, 0.0))
     trainer = kind(
         model,
-        rewards(folder, *reward_names),
+        rewards(folder, *reward_names) if reward_funcs is None else reward_funcs,
         LatentGRPOConfig(**settings(folder, **changes)),
         latent_format=latent_format,
         train_dataset=rows() if data is None else data,

@@ -142,7 +142,7 @@ def test_without_a_format_it_trains_the_twin(home: Path, opener: Path, place: Pa
         ({"latent_format": "none", "latent_k": None, "rewards": "attention"}, "needs a latent format"),
         ({"latent_format": "monet"}, "set add_marker_tokens to true"),
         ({"reward_weights": "1.0"}, "reward_weights has no effect here"),
-        ({"use_vllm": True}, "use_vllm generates without latents"),
+        ({"use_vllm": True}, "use_vllm cannot be used with a latent format"),
         ({"use_peft": True, "freeze_merger": False}, "vision parts frozen"),
         ({"use_peft": True, "lora_dropout": 0.05, "latent_policy": "unrolled"}, "set lora_dropout to 0"),
         ({"train_file": "nowhere.jsonl"}, "nowhere.jsonl"),

@@ -1,0 +1,71 @@
+"""Reward models in GRPO: what they read, and what they return. TRL runs them between the reward functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from jinja2 import TemplateError
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+
+@contextmanager
+def text_for_models(trainer: Any) -> Iterator[None]:
+    """While `trainer` calculates rewards, its reward models read the text of messages whose content is a list of parts.
+
+    TRL's prompts with images are such messages. A chat template that knows text alone would print the list.
+    """
+    kept = trainer.reward_processing_classes
+    trainer.reward_processing_classes = [
+        _TextOfMessages(reader) if isinstance(reader, PreTrainedTokenizerBase) and not _reads_parts(reader) else reader
+        for reader in kept
+    ]
+    try:
+        yield
+    finally:
+        trainer.reward_processing_classes = kept
+
+
+def defect_of(rewards: Tensor, funcs: Sequence[Any], names: Sequence[str]) -> str | None:
+    """What is wrong with the rewards [B, R] that reward models gave; None if all are finite."""
+    for column, (reward, name) in enumerate(zip(funcs, names, strict=True)):
+        wrong = int((~rewards[:, column].isfinite()).sum()) if isinstance(reward, nn.Module) else 0
+        if wrong:
+            return f"the reward model {name!r} gave {wrong} of {len(rewards)} completions a reward that is not finite"
+    return None
+
+
+class _TextOfMessages:
+    """A tokenizer whose chat template gets the text of each message."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer: Any = tokenizer
+
+    def __call__(self, *args: Any, **how: Any) -> Any:
+        return self._tokenizer(*args, **how)
+
+    def apply_chat_template(self, conversation: Sequence[dict[str, Any]], **how: Any) -> Any:
+        return self._tokenizer.apply_chat_template([_plain(message) for message in conversation], **how)
+
+
+def _plain(message: dict[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    return {**message, "content": "".join(part["text"] for part in content if part.get("type") == "text")}
+
+
+def _reads_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template renders a part of text as it renders the text itself."""
+    if tokenizer.chat_template is None:
+        return True
+    try:
+        one, other = (
+            tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+            for content in ("a", [{"type": "text", "text": "a"}])
+        )
+    except (TemplateError, TypeError):  # it adds the list to a text
+        return False
+    return one == other
