@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +16,11 @@ from accelerate.state import AcceleratorState, PartialState
 from rl_lvr.errors import Fault, UserError
 from rl_lvr.latents.format import FormatIds, LatentFormat
 from rl_lvr.latents.interventions import Intervention
+from rl_lvr.locking import folder_held
 from rl_lvr.rollout.types import Rollout, StopReason
+from rl_lvr.training.checkpoints import from_main
 from rl_lvr.training.faults import RULES, Idle, Unopened, agree, agreed, kinds_of, rules_of, sort_rollouts, watched
+from rl_lvr.training.run import run_held
 
 START, SLOT, END, TEXT, EOS = 11, 12, 13, 14, 15
 MARKERS = FormatIds(LatentFormat("test", "o", "[", "]", k=2), START, SLOT, END)
@@ -109,7 +113,7 @@ def test_a_call_is_asked_again_as_often_as_it_may(accelerator: Accelerator) -> N
         agreed(accelerator, "the engine failed", lambda: (_ for _ in ()).throw(UserError("it said no.")))
 
 
-def asked_by_two(rank: int, port: int, results: Any) -> None:
+def asked_by_two(rank: int, port: int, place: Path, results: Any) -> None:
     """A process of two. The call is collective, and the first one fails in process 1 when it is over."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -126,19 +130,35 @@ def asked_by_two(rank: int, port: int, results: Any) -> None:
             raise ConnectionError("gone")
         return int(total)
 
+    def hold() -> None:
+        with run_held(str(place), "another run"):
+            raise AssertionError("the test holds it")
+
+    def full() -> None:
+        raise OSError("the disk is full")
+
     results.put((rank, agreed(both, "the engine failed", collective, retries=1, pause=0.0), len(calls)))
+    with pytest.raises(UserError, match="is in use"):
+        hold()
+    with pytest.raises(UserError if rank else OSError, match="the disk is full"):
+        from_main(full)
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.timeout(120)
-def test_all_processes_ask_again_where_one_has_to() -> None:
-    """An engine that takes over weights under ZeRO-3 gathers them: who asks alone waits for the others."""
+def test_all_processes_ask_again_where_one_has_to(tmp_path: Path) -> None:
+    """An engine that takes over weights under ZeRO-3 gathers them: who asks alone waits for the others.
+
+    They also hear together of a folder that another run holds, and of what else goes wrong in the main process.
+    """
     forked = torch.multiprocessing.get_context("fork")
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     results = forked.SimpleQueue()
-    processes = [forked.Process(target=asked_by_two, args=(rank, port, results)) for rank in range(2)]
+    processes = [forked.Process(target=asked_by_two, args=(rank, port, tmp_path, results)) for rank in range(2)]
+    held = folder_held(tmp_path, "the test")
+    held.__enter__()
     for process in processes:
         process.start()
     try:
@@ -146,6 +166,7 @@ def test_all_processes_ask_again_where_one_has_to() -> None:
             process.join(60)
         assert [process.exitcode for process in processes] == [0, 0]
     finally:
+        held.__exit__(None, None, None)
         for process in processes:
             process.kill()
     assert sorted(results.get() for _ in range(2)) == [(0, 200, 2), (1, 200, 2)]
