@@ -116,6 +116,14 @@ class LatentFormat:
         """Tokens of a full span of k latents, markers included."""
         return (self.start is not None) + self.slots + (self.end is not None)
 
+    def most_latents(self, tokens: int) -> int:
+        """The most latents that a completion of `tokens` tokens can hold: one span after another, the last one cut."""
+        if self.feedback == "none":
+            return 0
+        whole, rest = divmod(tokens, self.span_tokens)
+        head = 1 if self.start is not None and self.first == "at_start" else 0
+        return whole * self.k + min(self.k, max(rest - head, 0))
+
     def require_room(self, positions: int) -> None:
         """Refuse a k whose span no sequence of `positions` tokens can hold behind a prompt."""
         if self.span_tokens >= positions:

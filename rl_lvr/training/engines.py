@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from rl_lvr.latents.format import LatentFormat
 from rl_lvr.latents.inject import unwrapped
 from rl_lvr.rollout.types import Request, Rollout, RolloutEngine, Sampling
 
+_log = logging.getLogger(__name__)
 ENGINES = ("hf", "vllm", "server")
 VLLM_OPTIONS = ("max_model_len", "max_num_seqs", "max_latents", "dtype", "gpu_memory_utilization", "engine_args")
 SERVER_OPTIONS = ("url", "weights_folder", "concurrency", "timeout")
@@ -96,10 +98,17 @@ def make_engine(
     if name == "server":
         from rl_lvr.rollout.server.engine import ServerRolloutEngine
 
-        return ServerRolloutEngine(complete.pop("url"), processor, latent_format, **complete)
+        most = latent_format.most_latents(config.max_completion_length)
+        server = ServerRolloutEngine(complete.pop("url"), processor, latent_format, **complete)
+        _warn_of_room(server.max_latents, most, config, "start the server with a larger --max-latents")
+        return server
     _same_vocabulary(model, folder)
     from rl_lvr.rollout.vllm.engine import VLLMRolloutEngine
+    from rl_lvr.rollout.vllm.settings import MAX_LATENTS
 
+    most = latent_format.most_latents(config.max_completion_length)
+    complete.setdefault("max_latents", max(MAX_LATENTS, most))
+    _warn_of_room(complete["max_latents"], most, config, "raise max_latents in engine_options")
     on_gpu = torch.cuda.is_available() and not config.use_cpu
     sleeps = on_gpu if config.engine_sleep is None else config.engine_sleep
     complete = {"dtype": _dtype(model, config), **complete}
@@ -155,6 +164,19 @@ class Sleeper:
     def _sleep(self) -> None:
         self.engine.sleep(2)
         self._awake = False
+
+
+def _warn_of_room(room: int, most: int, config: Any, cure: str) -> None:
+    """A completion with more latents than the engine has room for ends the run, in whichever step it comes."""
+    if room < most and config.process_index == 0:
+        _log.warning(
+            "max_latents is %d, and a completion of max_completion_length %d may hold %d latents; one that holds more "
+            "than there is room for ends the run: %s, or lower max_completion_length.",
+            room,
+            config.max_completion_length,
+            most,
+            cure,
+        )
 
 
 def _same_vocabulary(model: nn.Module, folder: str | Path) -> None:

@@ -265,3 +265,15 @@ def test_what_the_model_does_not_see_may_differ_from_the_checkpoint() -> None:
     trained = LatentFormat(**PLAIN)
     replace(trained, k=3, length="free", name="other", source="notes").check_against(trained, "here")
     get_format("ilvr").check_against(get_format("mirage"), "here")  # they differ in K alone
+
+
+@pytest.mark.parametrize("name", ["lvr", "monet", "skila"])
+def test_the_most_latents_of_a_completion(name: str) -> None:
+    """Counted on the densest completion that there is: one span after another."""
+    format_ = get_format(name, k=3)
+    span = [format_.start] + [format_.slot] * format_.slots + [format_.end]
+    held = {format_.slot} if format_.first == "at_start" else {format_.slot, format_.start}
+    for tokens in range(1, 4 * len(span)):
+        dense = (span * 4)[:tokens]
+        assert format_.most_latents(tokens) == sum(token in held for token in dense)
+    assert get_format("slots").most_latents(100) == 0

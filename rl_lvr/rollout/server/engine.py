@@ -61,6 +61,8 @@ class ServerRolloutEngine:
         self._timeout = httpx.Timeout(timeout, connect=10.0, pool=None)
         self._settings = self._handshake()
         self.markers = self._settings.markers
+        self.max_latents = self._settings.max_latents
+        """Room for the latents of one completion."""
 
     def _handshake(self) -> LatentSettings:
         (status,) = self._ask("GET", protocol.STATUS, [None])
