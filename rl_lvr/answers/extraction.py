@@ -135,7 +135,9 @@ def _boxed(text: str) -> str | None:
     if not filled:
         return None
     first = filled[-1]
-    joined = [first.content.strip()]
+    joined = [
+        re.sub(r"\{([^{}]*)\}", r"\1", first.content.strip()) if first.content[:1] == "{" else first.content.strip()
+    ]
     for box in filled[-2::-1]:
         between = text[box.stop : first.start] if box.stop <= first.start else ""
         if len(between) > 30 or not between.strip("$. \n\t*") or not _JOINED.fullmatch(between):

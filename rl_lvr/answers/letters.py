@@ -39,8 +39,8 @@ _SAID = re.compile(
 )
 """The answer is B. Answer: B. The correct option is (B)."""
 _CHOSEN = re.compile(
-    r"(?:\b(?i:(?:i|we|i'll|we'll|i'd|let's|let\s+us|i\s+will|i\s+would|would|will|to|must|should)\s+(?:therefore\s+|thus\s+)?"
-    r"(?:choose|pick|select|chose|picked|selected|go\s+(?:with|for)|opt\s+for|say|answer|guess|vote\s+for)|choosing|selecting|"
+    r"(?:\b(?i:(?:i|we|i'll|we'll|i'd|let's|let\s+us|i\s+will|i\s+would|i\s+have|would|will|going\s+to|must|should)\s+(?:therefore\s+|thus\s+)?"
+    r"(?:choose|pick|select|chose|picked|selected|chosen|picked|go\s+(?:with|for)|opt\s+for|say|answer|guess|vote\s+for)|choosing|selecting|"
     r"(?:i'm|i\s+am)\s+going\s+with|(?:it|that|this|answer)\s+(?:must|has\s+to|should)\s+be|\bi\s+(?:think|believe|guess|suppose)(?:\s+that)?\s+(?:it\s+is|it's|it\s+must\s+be)|"
     r"(?:^|[.!;:,]\s*|\n)(?:choose|pick|select))\s+|"
     r"(?:\u6211\u8ba4\u4e3a|\u6211\u89c9\u5f97)\s*(?:\u662f|\u5e94\u8be5\u662f)?\s*|(?:\u5e94\u4e3a|\u5e94\u662f|\u5e94\u8be5\u662f|\u61c9\u8a72\u662f)\s*|"
@@ -49,8 +49,8 @@ _CHOSEN = re.compile(
 )
 """I choose E."""
 _CONCLUDED = re.compile(
-    r"(?:\b(?i:hence|therefore|thus|so|consequently|accordingly|ergo|finally|in\s+conclusion|in\s+short|actually|no|definitely|certainly|surely|probably|leaving|which\s+leaves)\b\s*[,:]?\s+"
-    r"|[=-]>\s*|(?:\u56e0\u6b64|\u6240\u4ee5|\u6545|\u3088\u3063\u3066)\s*,?\s*)"
+    r"(?:\b(?i:hence|therefore|thus|so|consequently|accordingly|ergo|finally|in\s+conclusion|in\s+short|actually|no(?=\s*,)|definitely|certainly|surely|probably|leaving|which\s+leaves)\b\s*[,:]?\s+"
+    r"|[=-]>\s*|(?:\u800c\u662f|\u56e0\u6b64|\u6240\u4ee5|\u6545|\u3088\u3063\u3066)\s*,?\s*)"
     rf"(?i:(?:it\s+is|it's|it\s+must\s+be|that\s+is|that's|this\s+is)\s+)?{_OPTION}?{_CAPITAL}"
 )
 """Hence, B."""
@@ -69,7 +69,7 @@ _NAMED = re.compile(
 )
 """Option B."""
 _WHOLE = re.compile(
-    rf"[\s(\[]*([A-Za-z])(?:\s*$|\s*[)\].:!]|\s+[-\u2013\u2014]+\s|\s*[\r\n]|(?<![AI])(?:,\s|{_GOES_ON}|\s+\((?![A-Za-z]\)))|"
+    rf"[\s(\[]*([A-Za-z])(?:\s*$|\s*[)\].:!]|\s+[-\u2013\u2014]+\s|\s*[\r\n]|,?\s+(?:because|since)\b|(?<![AI])(?:,\s|{_GOES_ON}|\s+\((?![A-Za-z]\)))|"
     r"\s*(?:\u3067\u3059|\u3060|\uc785\ub2c8\ub2e4)(?!\w))"
 )
 """A text that begins with the letter alone."""
@@ -140,7 +140,7 @@ def lists_options(text: str) -> bool:
 
 def _undressed(text: str) -> str:
     text = text.replace(_STRONG[0], "").replace(_STRONG[1], "")
-    return _QUOTED.sub(r"\1", _DRESS.sub("", text)).strip()
+    return _QUOTED.sub(r" \1 ", _DRESS.sub("", text)).strip()
 
 
 def _group(found: re.Match[str]) -> int:

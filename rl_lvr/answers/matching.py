@@ -12,7 +12,7 @@ from rl_lvr.answers.letters import is_only_a_letter, letter, lists_options
 from rl_lvr.answers.mathematics import formula, mathematics_is, same_mathematics
 from rl_lvr.answers.numbers import is_only_a_number, read_number, read_quantity, same_quantity
 from rl_lvr.answers.plain import bare, plain, text_of
-from rl_lvr.answers.texts import text_is
+from rl_lvr.answers.texts import normalise, text_is
 from rl_lvr.answers.verdict import Verdict
 
 Kind = Literal["auto", "choice", "numeric", "exact", "math"]
@@ -23,6 +23,9 @@ _NUMBERS = re.compile(r"[(\[{]?\s*[-+]?[\d.]+\s*(?:,\s*[-+]?[\d.]+\s*)+[)\]}]?")
 _RELATION = re.compile(r"(?=.*\d)(?=.*[a-z<>=\u2264\u2265])(?!.*[a-z]{2})[\d.a-z+\-*/()=<>\u2264\u2265\s]+")
 """x > 5, x = 5, 2x + 1."""
 _WORDS = re.compile(r"[^\W\d_]{2,40}(?:[\s-]+[^\W\d_]{1,40})*")
+_LABEL = re.compile(r"[(\[]?[A-Z][)\].:]\s")
+FIRST = 6
+"""Words of a first line that can be an answer which the next lines explain."""
 _COMMON = frozenset(["a", "an", "the", "of", "in", "on", "at", "to", "by", "and", "or"])
 
 
@@ -148,17 +151,25 @@ def _letter_in(found: Found) -> str | None:
             return stated
     if lists_options(found.whole):
         return letter(found.whole, stated=True)
-    first = found.whole.split("\n", 1)[0]
-    return (
-        letter(found.text) or letter(found.whole, stated=True) or (letter(first) if is_only_a_letter(first) else None)
-    )
+    return letter(found.text) or letter(found.whole, stated=True) or _first_letter(found.whole)
+
+
+def _first_letter(text: str) -> str | None:
+    """The letter that a text begins with before it explains: "(B) red", then lines without labels."""
+    first, *rest = text.split("\n")
+    labelled = any(_LABEL.match(line) for line in rest)
+    return letter(first) if len(first.split()) <= FIRST and not labelled else None
 
 
 def _announcing(found: Found, kind: Kind) -> str:
-    """The last line, or the one before it that announces the answer. A number alone in the last line needs none."""
-    if found.earlier is None or (kind in ("numeric", "math") and is_only_a_number(found.text)):
-        return found.text
-    return found.earlier
+    """The last line, or the one before it that announces the answer. A number alone in the last line needs none; one
+    alone in the first line, or yes or no, is explained by what follows."""
+    first = found.whole.split("\n", 1)[0]
+    if found.earlier is not None and not (kind in ("numeric", "math") and is_only_a_number(found.text)):
+        return found.earlier
+    explained = first != found.text and found.earlier is None and not is_only_a_number(found.text)
+    begins = is_only_a_number(first) if kind in ("numeric", "math") else normalise(first) in ("yes", "no")
+    return first if explained and begins and kind != "choice" else found.text
 
 
 def _numeric(text: str, formal: bool, reference: str, tolerance: float) -> Verdict:

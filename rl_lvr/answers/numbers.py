@@ -29,8 +29,8 @@ _VALUE = re.compile(
     rf"(?!\d|\.\d|,\d{{3}})"
 )
 _ABOUT = re.compile(r"^\s*(?:\u2248|about|approximately|around|roughly|circa|ca\.|nearly|almost|exactly|only)\s*", re.I)
-_SCALE = re.compile(r"\s?(dozen|thousand|million|billion|trillion)s?\b", re.IGNORECASE)
-_SCALES = {"dozen": 12, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_SCALE = re.compile(r"\s?(dozen|hundred|thousand|million|billion|trillion)s?\b", re.IGNORECASE)
+_SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _TOKEN = re.compile(
     r"(?P<space>\s+)|(?P<command>\\[A-Za-z]+)|(?P<word>[^\W\d_]+(?:['-][^\W\d_]+)*)|"
     r"(?P<sign>[-+*/=<>^_(){}\[\]|:\u2264\u2265\u2260\u2248\u00b1\u221e\u221a\\])|(?P<rest>.)",
@@ -66,7 +66,7 @@ _BOUND = re.compile(
     re.IGNORECASE,
 )
 _AND_UP = re.compile(
-    r"\s*(?:\w+\s+)?(?:or\s+(?:more|less|fewer|higher|lower|above|below)|and\s+(?:up|above|below))\b|\s?\+(?!\s?\d)",
+    r"\s*(?:\w+\s+)?(?:or\s+(?:more|less|fewer|higher|lower|above|below)|and\s+(?:up|above|below|(?:a|one)\s+(?:half|quarter|third)))\b|\s?\+(?!\s?\d)",
     re.IGNORECASE,
 )
 _OR = re.compile(
@@ -332,6 +332,8 @@ def _runs(text: str, formal: bool) -> list[_Run]:
             and (alone or word in _OF_FORMULAS or after.isdigit() or text[token.start() - 1 : token.start()].isdigit())
         )
         colon = word == ":" and not (text[token.start() - 1 : token.start()].isdigit() and after.isdigit())
+        if word == "(" and holds and not formal and text[token.start() - 1].isspace():
+            close()  # a remark
         if kind == "command" or variable or (kind == "sign" and not colon):
             if begin < 0:
                 begin = token.start()

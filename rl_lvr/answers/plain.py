@@ -81,7 +81,7 @@ def plain(text: str) -> str:
 
 
 _WRAPPER = re.compile(
-    r"\\(?:text(?:bf|it|rm|sf|tt|normal|color\s*\{[^{}]*\})?|math(?:rm|bf|sf|it|tt|bb)|mbox|hbox|boxed|fbox|emph|underline|"
+    r"\\(?:text(?:bf|it|rm|sf|tt|normal|color\s*\{[^{}]*\})?|math(?:rm|bf|sf|it|tt|bb|cal|frak|scr)|mbox|hbox|boxed|fbox|emph|underline|"
     r"boldsymbol|bm|bf|rm|color\s*\{[^{}]*\}|operatorname)\s*\{([^{}]*)\}"
 )
 _DROPPED = re.compile(

@@ -140,6 +140,9 @@ def _readings(stated: str) -> list[str]:
         rest = stated.lstrip()[opened.end() :]
         found += [rest, _CLOSING.sub("", rest)]
     found += [_PLACED.sub("", text.strip()) for text in found]
+    copulas = list(_COPULA.finditer(found[1]))
+    if len(copulas) == 1 and not _DENIES.search(found[1][: copulas[0].start()]):
+        found.append(found[1][copulas[0].end() :])
     for text in list(found):
         label = _LABEL.match(text.strip())
         if label and not _LABELS.search(text.strip(), label.end()):

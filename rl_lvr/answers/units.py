@@ -73,8 +73,6 @@ frequency 1000 kHz
 frequency 1e6 MHz
 frequency 1e9 GHz
 amount   1    mol mole
-mph      1    mph
-kmh      1    kph kmph
 data     1    byte
 data     1000 kB KB
 data     1e6  MB
@@ -158,3 +156,8 @@ def _product(one: Unit, other: Unit) -> Unit:
     for name, n in other.dimensions:
         total[name] = total.get(name, 0) + n
     return Unit(tuple(sorted((name, n) for name, n in total.items() if n)), one.size * other.size)
+
+
+_HOURLY = {"mph": "mi", "kmh": "km", "kph": "km", "kmph": "km"}
+for _name, _length in _HOURLY.items():
+    _SYMBOLS[_name] = _product(_SYMBOLS[_length], _power(_SYMBOLS["h"], -1))

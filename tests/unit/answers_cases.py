@@ -352,6 +352,7 @@ B|right|故答案为：B.
 B|right|我认为是B
 B|right|应为B
 B|right|答えはＢです
+B|right|正解は「B」です。
 B|right|【答案】B
 B|right|正确答案是 B. 红色
 B|right|選B
@@ -459,6 +460,111 @@ B|wrong|<think>B</think><answer>C</answer>
 B|wrong|Based on the picture, C.
 B|wrong|None of A or B, the answer is E
 B|wrong|E. None of the above
+B|unreadable|There is no B.
+B|unreadable|To choose B, we would need a red cell.
+B|unreadable|First A, then B.
+B|unreadable|If we choose B, the cell is red.
+B|unreadable|You could choose B
+B|right|I'm going to choose B.
+B|right|I have chosen B
+B|right|We choose B.
+B|right|The image shows a red car (option B).
+B|right|The red car matches option B.
+B|right|This corresponds to option B.
+B|right|This matches choice (B).
+B|right|The correct answer is:⏎⏎B. red
+B|right|The correct answer is:⏎- B. red
+B|right|**The correct answer is B.**
+B|right|Correct answer: B
+B|right|Correct option: B
+B|right|Option: B
+B|right|Choice: B
+B|right|Final: B
+B|right|Solution: B
+B|right|The answer is (B).⏎⏎(A) is too dark.
+B|right|Let's analyze:⏎A. too dark⏎B. right size⏎C. too bright⏎⏎Answer: B
+B|right|A. too dark⏎B. right size⏎C. too bright⏎Therefore, the answer is B. right size
+B|right|A: too dark.⏎B: right.⏎So B.
+B|right|B.⏎⏎Because the car is red.
+B|right|B⏎The car is red.
+B|right|(B) red⏎⏎The car is red, as one can see.
+B|right|<think>A? B? C?</think>⏎⏎B
+B|right|<think>⏎A⏎</think>⏎<answer>⏎(B)⏎</answer>
+B|right|The final answer is $\boxed{B}$
+B|right|\boxed{ B }
+B|right|\boxed{\text{ B }}
+B|right|\( \boxed{\text{B}} \)
+B|right|\boxed{\text{(B) }\frac{1}{2}}
+B|right|\boxed{\mathrm{(B)}\ 12}
+B|right|\boxed{\textbf{B) } 12}
+B|right|\boxed{B)}
+B|right|\boxed{\mathbb{B}}
+B|right|\boxed{\mathcal{B}}
+B|right|\boxed{{B}}
+B|right|\boxed{\displaystyle B}
+B|right|The answer is \textbf{B}.
+B|right|The answer is $B$.
+B|right|<answer>B.</answer>
+B|right|<answer>**B**</answer>
+B|right|<answer>B: red</answer>
+B|right|<answer>B, red</answer>
+B|right|<answer>B - red</answer>
+B|right|<answer>option B</answer>
+B|right|<answer> Option: B </answer>
+B|right|<answer>The correct option is B</answer>
+B|right|The red one, (B).
+B|right|I would answer B.
+B|right|The answer must be B since A is excluded.
+B|right|The answer would be B, as C is not red.
+B|right|The answer is B but A is close.
+B|right|The answer is B: red
+B|right|The answer is B; A is wrong
+B|right|Answer --> B
+B|right|Answer is option (B) - red
+B|right|so the answer should be option B
+B|right|The correct answer is choice B.
+B|right|The best match is B.
+B|right|Among the options, B is the best.
+B|right|Only B is correct.
+B|right|A is not correct, C is not correct, only B is correct.
+B|unreadable|Neither A, B nor C is correct.
+B|unreadable|I can't see the picture, so I can't choose between A and B.
+B|unreadable|A B C D
+B|unreadable|ABCD
+B|unreadable|A, B, C, D
+B|unreadable|Choose one of A, B.
+B|unreadable|a or b
+B|unreadable|<answer>A, B</answer>
+B|unreadable|<answer>A and B</answer>
+B|unreadable|<answer>AB</answer>
+B|unreadable|<answer>none</answer>
+B|unreadable|<answer>?</answer>
+B|unreadable|<answer>red</answer>
+B|wrong|<answer>A. B is wrong</answer>
+B|wrong|The answer is A. (B) is wrong.
+B|wrong|Not B, but A.
+B|wrong|The answer is C; B was my first guess.
+B|wrong|At first I chose B. Now I choose C.
+B|wrong|B is tempting, but the answer is C.
+B|wrong|答案是C，不是B。
+B|wrong|不是B，而是C
+A|right|A.
+A|right|The answer is A
+A|right|The answer is: A
+A|right|I choose A.
+A|right|So, A.
+A|right|A because it is red
+A|right|A, since it is red
+A|right|A is correct.
+A|right|答案是A。
+A|unreadable|A red car.
+A|unreadable|The answer is a red car.
+A|unreadable|There is a car
+A|unreadable|A car is seen
+A|unreadable|A man, a plan
+I|right|The answer is I.
+I|unreadable|I think so.
+I|unreadable|I am sure.
 """
 """A reference of kind choice."""
 
@@ -708,6 +814,61 @@ cat|right|an answer: cat
 cat|right|There is a cat.
 cat|wrong|caterpillar
 cat|wrong|There is a dog.
+red|right|The dominant color is red.
+red|right|It appears to be red.
+red|right|It appears red.
+red|right|The ball is red and not blue.
+red|right|The car on the left is red.
+red|right|The answer to the question is red.
+red|right|<answer>It is red.</answer>
+red|right|My answer is red
+red|right|My answer: red
+red|right|The correct answer is "red".
+red|right|The correct answer is: **red**
+red|right|Final Answer: The ball is red.
+red|right|Answer: The ball is red.
+red|right|Answer: it is red
+red|right|\boxed{\text{the ball is red}}
+red|right|red.⏎
+red|right|red,
+red|right|'red'
+red|right|[red]
+red|right|red <|im_end|>
+red|right|red</s>
+red|right|<answer>"red"</answer>
+red|right|The answer is ‘red’.
+red|wrong|The answer is pink
+red|wrong|pinkish red
+red|wrong|The ball is not blue, it is green.
+red|wrong|The red ball is left of the blue one.
+red|wrong|red ball
+red|unreadable|Neither red nor blue.
+red|unreadable|It is neither red nor blue
+red|unreadable|I am not sure whether it is red.
+red|unreadable|It might be red or green
+red|unreadable|Perhaps
+red|unreadable|I cannot answer that.
+red|unreadable|I'm sorry, but I can't help with that.
+yes|right|Yes, I think so.
+yes|right|Yes, they are both red.
+yes|right|The answer is: Yes.
+yes|right|<answer>yes, it is</answer>
+yes|right|Yes⏎⏎The cat is left.
+no|right|No, they are not.
+no|right|No, the cat isn't there.
+no|right|no, never
+two cats|right|There are two cats.
+blue and red|wrong|red and blue
+5th Avenue|right|5th Avenue
+12:30|right|12:30
+12:30|right|It is 12:30.
+12:30|wrong|12:35
+2020-01-05|right|2020-01-05
+STOP|right|stop
+left|right|left
+left|right|To the left
+left|right|Left.
+left|right|The left.
 7:30|right|7:30
 7:30|wrong|7
 """
@@ -1099,6 +1260,136 @@ $1,000|right|$1000
 3|wrong|3π
 100|right|10^2
 100|right|10**2
+5|right|There are 5 people in the picture, 2 of them women.
+5|right|5 people, 2 of them women
+5|right|The answer is **5** (3 + 2).
+5|right|I can see five: 5
+5|right|I see 2 on the left and 3 on the right, so 5 in total.
+5|right|2 on the left plus 3 on the right makes 5.
+5|right|2 + 3 equals 5
+5|right|= 5
+5|right|$= 5$
+5|right|$x = 5$
+5|right|\[ x = 5 \]
+5|right|\boxed{5\,}
+5|right|\boxed{\;5\;}
+5|right|\boxed{5 }
+5|right|\boxed{{5}}
+5|right|\boxed{(5)}
+5|right|\boxed{\mathbf{5}}
+5|right|\boxed{\$5}
+5|right|\boxed{5^\circ}
+5|right|\boxed{5\text{ cm}^2}
+5|right|\boxed{\text{5 cm}}
+5|right|\boxed{\frac{10}{2}}
+5|right|\boxed{5.0}
+5|right|\boxed{\text{The answer is 5}}
+5|right|\boxed{n = 5}
+5|right|\boxed{\approx 5}
+5|right|The value is approximately 5.
+5|right|<answer>5.</answer>
+5|right|<answer>x = 5</answer>
+5|right|Answer: 5 apples
+5|right|Answer: five (5)
+5|right|5 .
+5|right|The answer is 5⏎
+5|right|5⏎⏎Explanation: 2 + 3.
+5|right|US$5
+5|right|5 USD
+5|right|Rs. 5
+5|wrong|\boxed{5x}
+5|wrong|\boxed{5 + x}
+5|wrong|\boxed{x^5}
+5|wrong|\boxed{5^x}
+5|wrong|\boxed{x \le 5}
+5|wrong|\boxed{5\pi}
+5|wrong|\boxed{-5}
+5|wrong|\boxed{5, 6}
+5|wrong|\boxed{(5, 6)}
+5|wrong|\boxed{[5, 6]}
+5|wrong|\boxed{5 \pm 1}
+5|wrong|\boxed{5:1}
+5|wrong|\boxed{5 \times 10^3}
+5|wrong|\boxed{\sqrt{5}}
+5|wrong|\boxed{\frac{5}{2}}
+5|wrong|\boxed{\frac{1}{5}}
+5|wrong|\boxed{5\%2}
+5|wrong|\boxed{5\cdot 2}
+5|wrong|\boxed{|5 - 1|}
+5|wrong|\boxed{5_2}
+5|wrong|\boxed{5/x}
+5|wrong|\boxed{x - 5}
+5|wrong|\boxed{5 - x}
+5|wrong|\boxed{f(5)}
+5|wrong|\boxed{5 < x < 7}
+5|wrong|\boxed{\infty}
+5|wrong|about 50
+5|wrong|15.
+5|wrong|5.5
+5|wrong|almost 50
+5|wrong|5 and a half
+5|wrong|5 hundred
+5|wrong|5k
+5|wrong|5M
+5|wrong|5 1/2
+5|wrong|1 5
+5|unreadable|5 or 7, I am not sure
+5|unreadable|maybe 4 or 5
+5|unreadable|It is not 5.
+5|unreadable|I don't think it is 5.
+5|unreadable|unclear
+5|unreadable|<answer></answer>
+5|unreadable|\boxed{}
+5|unreadable|The answer is unknown.
+3.14|right|3.14
+3.14|wrong|3.1
+3.14|wrong|\pi
+0|right|zero (0)
+0|wrong|-1
+0|right|There are 0.
+0|right|0%
+10|right|10
+10|wrong|1e10
+10|wrong|100
+10|wrong|10^{10}
+10|wrong|log 10
+10|wrong|10^-5
+10|wrong|10^x
+10|wrong|2^{10}
+1000000|right|1,000,000
+1000000|right|1 million
+1000000|right|10^6
+1000000|right|1e6
+1000000|right|1 \times 10^6
+2.5|right|5/2
+2.5|right|2 1/2
+2.5|right|2\tfrac{1}{2}
+-2|right|-2
+-2|right|(-2)
+-2|right|x=-2
+-2|right|−2
+-2|right|\boxed{-2}
+-2|wrong|2
+-2|wrong|1 - 3
+30 km/h|right|30 km/h
+30 km/h|right|30 kmh
+30 km/h|wrong|30 mph
+10 kg|right|10kg
+10 kg|right|10,000 g
+10 kg|wrong|10 g
+10 kg|right|The mass is 10 kilograms.
+25%|right|25
+25%|right|0.25
+25%|right|25 percent
+25%|right|1/4
+25%|wrong|25 cm
+$20|right|20 dollars
+$20|right|$20.00
+$20|right|20
+$20|wrong|20 cents
+5 minutes|right|300 seconds
+5 minutes|right|5 min
+5 minutes|wrong|5 hours
 """
 """A reference of kind numeric."""
 
