@@ -11,11 +11,12 @@ from rl_lvr.answers import Kind, Source, correct
 
 @dataclass(frozen=True)
 class Attention:
-    """Attention mass on the latents from the text after the last span: paper B's r_attn as its code has it.
+    """Attention mass on the latents from the text after the last span, in decoder layer 0, mean over heads.
 
-    Decoder layer 0, plain mean over heads, sum over latent keys, mean over queries; wrong answers receive it too. The
-    options vary it: other `layers` and `heads` (null: all), `relative` to the mass on the image, `per: token`, which
-    sums over the queries as adding each one's mass at its own token does, and `gate: correct`, 0 for a wrong answer.
+    Sum over latent keys, mean over queries; wrong answers receive it too, and it is 0 without such text. Paper B's
+    r_attn to the letter is `paper_b_attention`. The options vary it: other `layers` and `heads` (null: all), `relative`
+    to the mass on the image, `per: token`, which sums over the queries as adding each one's mass at its own token does,
+    and `gate: correct`, 0 for a wrong answer.
     """
 
     layers: Sequence[int] | None = (0,)

@@ -19,9 +19,10 @@ def length_excess(
     source: Source = "any",
     **_: Any,
 ) -> list[float]:
-    """`per_token` for every token beyond the shortest correct completion of the group (paper B, 2605.18641).
+    """`per_token` for every token beyond the shortest correct completion of the group.
 
-    `per_token * max(0, length - shortest)`; 0 in a group without a correct completion. What is correct is decided as
+    `per_token * max(0, length - shortest)`; 0 in a group without a correct completion. Paper B's reference is
+    the shortest of the whole run (`paper_b_length`). What is correct is decided as
     in `accuracy`; `group` says which completions answer one prompt.
     """
     shortest: dict[Hashable, int] = {}

@@ -22,7 +22,8 @@ def necessity(
 
     -0.5 `value` if right both times, or wrong with and right without; 0 if wrong both times, or if there were no
     latents. `necessity_completions` comes from the trainer: for each completion what was generated from the prompt, the
-    text before its first span and an empty pair of markers, whole, or None where it has no span.
+    text before its first span and an empty pair of markers, or None where it has no span. It is judged whole, and a
+    truncated span counts; the authors' code does neither: `paper_b_necessity`.
     """
     right = correct(completions, answer, kind, source)
     texts = ["" if without is None else without for without in necessity_completions]

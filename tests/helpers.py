@@ -42,3 +42,28 @@ MIXED_ROWS = (
     ([], "what"),
     ([noise_image(1, 84, 56), noise_image(2, 56, 56)], "from blue 1 hops"),
 )
+
+
+def paper_b_masks(
+    ids: Sequence[int], prompt: int, steps: int | None, start: int | None, end: int | None
+) -> tuple[list[int], list[int]]:
+    """Queries and latent keys of paper B's `compute_log_prob` (silent-lvr, dp_actor.py) for one row without padding.
+
+    `steps` is the number of latents that were recorded, None without any.
+    """
+    starts, ends = ([i for i, token in enumerate(ids) if token == marker] for marker in (start, end))
+    bounds = ends[-1:] + ([starts[0] + steps] if starts and steps is not None else [])
+    queries = list(range(max(bounds) + 1, len(ids))) if bounds else []
+    keys: list[int] = []
+    remaining, si, ei = steps, 0, 0
+    while si < len(starts) and ei < len(ends):
+        while ei < len(ends) and ends[ei] <= starts[si]:
+            ei += 1
+        if ei >= len(ends):
+            break
+        room = max(0, ends[ei] - starts[si] - 1)
+        take = room if remaining is None else min(room, max(0, remaining))
+        keys += range(starts[si] + 1, starts[si] + 1 + take)
+        remaining = None if remaining is None else remaining - take
+        si, ei = si + 1, ei + 1
+    return queries or list(range(prompt, len(ids))), keys

@@ -145,7 +145,7 @@ def _measure(arguments: argparse.Namespace, conditions: Sequence[Intervention], 
             print(f"{condition:14} {found.undefined[condition]}")
         else:
             print(f"{condition:14} {figure:.4f}   unreadable {summary['unreadable'][condition]:.4f}")
-    for name, mean in found.signals.items():
+    for name, mean in found.measures.items():
         print(f"{name:14} {'-' if mean is None else format(mean, '.4f')}")
     print(f"{'records':14} {summary['n']}")
     return 0

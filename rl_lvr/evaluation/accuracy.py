@@ -20,6 +20,7 @@ from rl_lvr.latents.text import completion_text
 from rl_lvr.models import Family
 from rl_lvr.rollout.conditions import run_condition
 from rl_lvr.rollout.types import Request, Rollout, RolloutEngine, Sampling
+from rl_lvr.signals import Collapse, between_samples, pooled
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,14 @@ class Scored:
     def unreadable(self) -> float:
         """The share of completions out of which no answer can be read."""
         return sum(verdict is Verdict.UNREADABLE for verdict in self.verdicts) / len(self.verdicts)
+
+    @property
+    def collapse(self) -> Collapse | None:
+        """How alike the latents of different records are (paper C); None without latents of two records."""
+        held = [(number, pooled(r.latents)) for number, r in enumerate(self.rollouts) if len(r.latents)]
+        if len(held) < 2:
+            return None
+        return between_samples(torch.stack([vector for _, vector in held]), [number for number, _ in held])
 
 
 @dataclass(frozen=True)

@@ -40,12 +40,21 @@ class Evaluation:
     signals: dict[str, float | None]
     """Means over the completions with own latents that have a value; None if none has."""
 
+    @property
+    def measures(self) -> dict[str, float | None]:
+        """The signals, and with own latents their `collapse` (paper C, `rl_lvr.signals.between_samples`)."""
+        own = self.scored.get(Intervention.OWN.value)
+        if own is None:
+            return dict(self.signals)
+        collapse = own.collapse
+        return {**self.signals, "collapse": None if collapse is None else collapse.cosine}
+
     def summary(self) -> dict[str, Any]:
-        """Accuracies by condition, null where there is none, how many records they stand on, and by condition the share
-        of unreadable answers."""
+        """Accuracies by condition, null where there is none, how many records they stand on, `measures`, and by
+        condition the share of unreadable answers."""
         found = {name: s.accuracy for name, s in self.scored.items()}
         unreadable = {"unreadable": {name: s.unreadable for name, s in self.scored.items()}}
-        return {"n": len(self.records), **found, **dict.fromkeys(self.undefined), **self.signals, **unreadable}
+        return {"n": len(self.records), **found, **dict.fromkeys(self.undefined), **self.measures, **unreadable}
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per record and condition."""

@@ -1,5 +1,6 @@
 """Signals: numbers about what a model does with its latents, from one forward pass. Import from here."""
 
+from rl_lvr.signals.collapse import Collapse, between_samples, pooled
 from rl_lvr.signals.forward import Column
 from rl_lvr.signals.measuring import Measured, measure
 from rl_lvr.signals.probe import Probe, Reading
@@ -8,13 +9,16 @@ from rl_lvr.signals.specs import SIGNALS, SignalSpec, parse_signals
 
 __all__ = [
     "SIGNALS",
+    "Collapse",
     "Column",
     "Measured",
     "Probe",
     "Reading",
     "Regions",
     "SignalSpec",
+    "between_samples",
     "find_regions",
     "measure",
     "parse_signals",
+    "pooled",
 ]

@@ -47,13 +47,34 @@ def attention_mass(
 
 
 def attention_mass_paper_b(f: Forward, *, per: Per = "completion") -> Column:
-    """Paper B's attention reward r_attn (2605.18641, as its code has it): decoder layer 0, plain mean over heads.
+    """Paper B's attention reward r_attn (2605.18641) as its code has it: decoder layer 0, plain mean over heads.
 
-    Keys are the slots strictly between START and END, queries the text after the last span; summed over keys, then
-    mean over queries, or (`per="token"`) each query's mass at its own token. Unlike the authors' padding-free mode the
-    softmax is causal. A completion without a span, or with a truncated last one, has 0.
+    Keys are the slots strictly between START and END, queries the text behind the last span; summed over keys, then
+    mean over queries, or (`per="token"`) each query's mass at its own token. With nothing behind the last span the
+    queries are the whole completion. Unlike the authors' padding-free mode the softmax is causal.
     """
-    return attention_mass(f, to="slot", queries="after", layers=PAPER_B_LAYERS, per=per)
+    rows, mass = f.attended(Reading("mass", PAPER_B_LAYERS), "paper_b")
+    latent = mass[:, list(REGIONS["closed_slot"])].sum(-1)
+    found = f.per_sequence(latent, rows) if per == "completion" else f.per_token(latent, rows)
+    return _where_latents(f, found)
+
+
+def attention_relative_paper_b(f: Forward) -> Column:
+    """Paper B's relative reward (2605.18641) as its code has it: r_attn / max(r_image, 1e-6), and r_attn itself where
+    the mass on the image is 0. `attention_relative` is 0 there.
+    """
+    rows, mass = f.attended(Reading("mass", PAPER_B_LAYERS), "paper_b")
+    mean, counts = f.mean(mass, rows)
+    latent, image = mean[:, list(REGIONS["closed_slot"])].sum(-1), mean[:, IMAGE_LABEL]
+    values = torch.where(image > 0, latent / image.clamp_min(SMALLEST), latent)
+    return _where_latents(f, Column(values.tolist(), counts.tolist()))
+
+
+def _where_latents(f: Forward, column: Column) -> Column:
+    """The column, not counted where a sequence has none of paper B's keys."""
+    keys = torch.isin(f.regions.labels, torch.tensor(REGIONS["closed_slot"], device=f.regions.labels.device))
+    here = torch.bincount(f.regions.sequences[keys & (f.regions.sequences >= 0)], minlength=f.count).tolist()
+    return Column(column.values, [count if n else 0 for count, n in zip(column.counts, here, strict=True)])
 
 
 def attention_relative(
@@ -65,10 +86,11 @@ def attention_relative(
     heads: Chosen = None,
     per: Per = "completion",
 ) -> Column:
-    """Mass on `to` divided by mass on the image (paper B's relative reward): mean m(to) / max(mean m(image), 1e-6), or
+    """Mass on `to` divided by mass on the image: mean m(to) / max(mean m(image), 1e-6), or
     m_i(to) / max(m_i(image), 1e-6) at each query's own token.
 
     0 for a sequence without queries, without such keys or without an image: a ratio to nothing would only be large.
+    Paper B's code has the mass itself without an image: `attention_relative_paper_b`.
     """
     rows, mass = f.attended(Reading("mass", layers, heads), queries)
     return _divided(f, rows, mass, to, per, lambda mass: mass[:, IMAGE_LABEL])

@@ -99,7 +99,7 @@ def _attention_rows(regions: Regions, signals: Sequence[SignalSpec]) -> Tensor:
     rows = torch.zeros_like(regions.completion)
     for spec in signals:
         if spec.reading is not None:
-            rows |= regions.queries(spec.value("queries") or "after")
+            rows |= regions.queries(spec.queries)
         if spec.needs == "image_entropy":
             rows |= regions.queries("latent")
     return rows

@@ -11,12 +11,20 @@ from torch import Tensor
 from rl_lvr.latents.format import FormatIds
 from rl_lvr.latents.spans import SpanMasks, span_masks
 
-Region = Literal["latent", "slot", "image", "markers", "sink"]
-Queries = Literal["after", "text", "completion", "latent"]
+Region = Literal["latent", "slot", "image", "markers", "sink", "closed_slot"]
+Queries = Literal["after", "text", "completion", "latent", "paper_b"]
 
-REGIONS: dict[str, tuple[int, ...]] = {"slot": (0,), "latent": (0, 1), "image": (2,), "markers": (3, 1), "sink": (4,)}
-"""Labels that make up a region. Label 1 is a START whose embedding a latent replaces: it is both."""
-LABELS = 5
+REGIONS: dict[str, tuple[int, ...]] = {
+    "slot": (0, 5),
+    "latent": (0, 1, 5),
+    "image": (2,),
+    "markers": (3, 1),
+    "sink": (4,),
+    "closed_slot": (0,),
+}
+"""Labels that make up a region. Label 1 is a START whose embedding a latent replaces: it is both. Label 5 is a slot of
+a span that END does not close, which paper B's code does not look at."""
+LABELS = 6
 IMAGE_LABEL = 2
 
 
@@ -33,13 +41,19 @@ class Regions:
     spans: SpanMasks
     count: int
     """Sequences in the batch: its rows, unless rows are packed."""
+    starts: Tensor
+    """bool, every START token, also one outside any span; `ends` likewise."""
+    ends: Tensor
 
     def queries(self, which: Queries) -> Tensor:
         """[B, T] bool.
 
         `after`: the completion's text after the sequence's last span (nothing if it has no span, or a truncated last
         one). `text`: all of the completion outside spans. `completion`: all of it. `latent`: positions of latents.
+        `paper_b`: as the code of paper B has it, see `_paper_b_queries`.
         """
+        if which == "paper_b":
+            return _paper_b_queries(self)
         if which == "latent":
             return self.spans.latent
         if which == "after":
@@ -73,9 +87,43 @@ def find_regions(
     labels[first] = REGIONS["sink"][0]
     labels[valid & (ids == image_token)] = IMAGE_LABEL
     labels[spans.start | spans.end] = 3
-    labels[spans.slot] = 0
+    labels[spans.slot] = torch.where(_closed(spans, sequences), 0, 5)[spans.slot]
     labels[spans.start & spans.latent] = 1
-    return Regions(labels, sequences, completion & valid, spans, count)
+    none = torch.zeros_like(valid)
+    starts, ends = (none if token is None else valid & (ids == token) for token in (markers.start, markers.end))
+    return Regions(labels, sequences, completion & valid, spans, count, starts, ends)
+
+
+def _closed(spans: SpanMasks, sequences: Tensor) -> Tensor:
+    """[B, T] bool, positions in a span that END closes, or whose format has no END."""
+    if not bool((spans.start | spans.end).any()):
+        return spans.inside
+    width = int(spans.index.max()) + 2
+    keys = (sequences + 1) * width + spans.index + 1
+    return spans.inside & torch.isin(keys, keys[spans.end])
+
+
+def _paper_b_queries(regions: Regions) -> Tensor:
+    """[B, T] bool, the queries of paper B's attention reward (2605.18641) by its code, `dp_actor.py`.
+
+    All tokens behind the last END and behind the first START plus the number of latents fed; where no token is,
+    or neither marker, the whole completion.
+    """
+    found = torch.zeros_like(regions.completion)
+    columns = torch.arange(found.shape[1], device=found.device)
+    fed = regions.spans.latent & regions.completion
+    for number in range(regions.count):
+        rows = (regions.sequences == number).nonzero()[:, 0]
+        if not len(rows):
+            continue
+        row = int(rows[0])
+        mine = regions.sequences[row] == number
+        starts, ends = (columns[mine & marks[row]] for marks in (regions.starts, regions.ends))
+        steps = int((fed[row] & mine).sum())
+        bounds = ends[-1:].tolist() + ([int(starts[0]) + steps] if len(starts) and steps else [])
+        behind = mine & (columns > max(bounds)) if bounds else torch.zeros_like(mine)
+        found[row] |= behind if bool(behind.any()) else mine & regions.completion[row]
+    return found
 
 
 def _numbered(segments: Tensor) -> tuple[Tensor, int]:

@@ -13,6 +13,7 @@ from rl_lvr.ops.vocab_stats import MAX_TOP_K
 from rl_lvr.signals import attention, confidence, vectors
 from rl_lvr.signals.forward import Column
 from rl_lvr.signals.probe import Reading
+from rl_lvr.signals.regions import Queries
 
 Needs = Literal["mass", "image_entropy", "vocabulary", "vectors"]
 
@@ -20,6 +21,7 @@ _NEEDS: dict[Callable[..., Column], Needs] = {
     attention.attention_mass: "mass",
     attention.attention_mass_paper_b: "mass",
     attention.attention_relative: "mass",
+    attention.attention_relative_paper_b: "mass",
     attention.attention_without_sink: "mass",
     attention.image_attention_entropy_difference: "image_entropy",
     confidence.latent_entropy: "vocabulary",
@@ -31,10 +33,14 @@ _NEEDS: dict[Callable[..., Column], Needs] = {
     confidence.end_at_first_slot: "vocabulary",
     vectors.latent_norm: "vectors",
     vectors.latent_image_cosine: "vectors",
-    vectors.latent_cosine: "vectors",
+    vectors.latent_span_cosine: "vectors",
 }
 SIGNALS: dict[str, Callable[..., Column]] = {function.__name__: function for function in _NEEDS}
 """All signals by name. The definition of each is its docstring."""
+_PAPER_B = (attention.attention_mass_paper_b, attention.attention_relative_paper_b)
+_RENAMED = {
+    "latent_cosine": "latent_span_cosine (paper C's collapse is the metric latent/collapse, docs/signals.md)",
+}
 
 
 @dataclass(frozen=True)
@@ -55,9 +61,15 @@ class SignalSpec:
         """What the probe has to read for it."""
         if self.needs not in ("mass", "image_entropy"):
             return None
-        if self.function is attention.attention_mass_paper_b:
+        if self.function in _PAPER_B:
             return Reading("mass", attention.PAPER_B_LAYERS)
         return Reading(self.needs, self.parameters.get("layers"), self.parameters.get("heads"))
+
+    @property
+    def queries(self) -> Queries:
+        """The rows whose attention it reads."""
+        given: Queries = "paper_b" if self.function in _PAPER_B else self.value("queries") or "after"
+        return given
 
     def value(self, name: str) -> Any:
         """A parameter, given or default; None if the signal has no such parameter."""
@@ -85,6 +97,8 @@ def _parse(entry: str | Mapping[str, Any]) -> SignalSpec:
         name, given = entry, {}
     else:
         raise UserError(f"a signal is a name, or a name with its parameters; not {entry!r}.")
+    if name in _RENAMED:
+        raise UserError(f"signal {name!r} is now called {_RENAMED[name]}: rename it.")
     if name not in SIGNALS:
         raise UserError(f"no signal {name!r}{near_miss(name, SIGNALS)} Signals: {', '.join(SIGNALS)}.")
     if not isinstance(given, Mapping):

@@ -38,10 +38,11 @@ def latent_image_cosine(f: Forward, *, space: Space = "input", reduce: Literal["
     return Column(values, counts)
 
 
-def latent_cosine(f: Forward, *, space: Space = "input") -> Column:
-    """Mean cosine between different latents of a sequence; near 1 they have collapsed (paper C, 2605.18445).
+def latent_span_cosine(f: Forward, *, space: Space = "input") -> Column:
+    """Mean cosine between different latents of one sequence; near 1 its latents are one vector, repeated.
 
-    The count is the number of pairs; 0 with fewer than two latents.
+    Paper C's collapse is another figure, between samples: `collapse.py`. The count is the number of pairs; 0 with fewer
+    than two latents.
     """
     values, counts = [], []
     for latents in _each(f, space, f.regions.spans.latent):

@@ -244,6 +244,8 @@ class LatentAccuracy(TrainerCallback):
         own = found.scored.get(Intervention.OWN.value)
         if own is not None:
             figures["latent/rate"] = sum(bool(len(r.latents)) for r in own.rollouts) / len(own.rollouts)
+            if own.collapse is not None:
+                figures["latent/collapse_own"] = own.collapse.cosine
         if state.is_world_process_zero:
             for name, why in found.undefined.items():
                 print(f"step {state.global_step}: no accuracy under {name}: {why}", file=sys.stderr)

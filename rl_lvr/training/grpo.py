@@ -25,7 +25,6 @@ from rl_lvr.latents.feedback import attach_feedback
 from rl_lvr.latents.format import FormatIds, LatentFormat
 from rl_lvr.latents.inject import sharded, unwrapped
 from rl_lvr.latents.interventions import Intervention
-from rl_lvr.latents.text import completion_text
 from rl_lvr.models import family_of
 from rl_lvr.rollout.forward import evaluating
 from rl_lvr.rollout.hf import HFRolloutEngine
@@ -33,12 +32,20 @@ from rl_lvr.rollout.record import FOLDER, RolloutLog
 from rl_lvr.rollout.types import Capability, RolloutEngine, Sampling, latent_batch
 from rl_lvr.signals import parse_signals
 from rl_lvr.training.grpo_checks import CheckedGRPO, check_settings, dropout_of, refuse_dropout
-from rl_lvr.training.grpo_columns import has_span, made_columns, read_completions, record, require_columns
+from rl_lvr.training.grpo_columns import (
+    again_of,
+    has_span,
+    made_columns,
+    read_completions,
+    record,
+    require_columns,
+    rolls_out_again,
+)
 from rl_lvr.training.grpo_config import ARGUMENTS_WITH_LATENTS, LatentGRPOConfig
 from rl_lvr.training.grpo_idle import Kept, drops_idle, level_rows
 from rl_lvr.training.grpo_inputs import WithoutEmptyImages, processed_once, with_image_lists
 from rl_lvr.training.grpo_pass import FedModel, own_latents
-from rl_lvr.training.grpo_turn import Turn, build_requests, request_seed
+from rl_lvr.training.grpo_turn import Again, Turn, build_requests, request_seed
 from rl_lvr.training.latent_policy import LatentActions, Pricing, latent_loss
 from rl_lvr.training.reward_models import text_for_models
 from rl_lvr.training.rewards import require_whole_groups, signals_of, weights_at
@@ -196,11 +203,11 @@ class LatentGRPOTrainer(CheckedGRPO):
             sigma=config.latent_sigma,
             noise=config.law or "gaussian",
         )
-        self._rolls_out_again = any("necessity_completions" in spec.takes for spec in self.specs)
+        self._rolls_out_again = rolls_out_again(self.specs)
         if self._rolls_out_again and Capability.INTERVENTIONS not in engine.capabilities:
             raise UserError(
                 f"the engine {type(engine).__name__} cannot leave latents out, which a reward that takes "
-                "necessity_completions needs: use the engine hf or vllm, or leave the reward out."
+                "a reward of necessity needs: use the engine hf or vllm, or leave the reward out."
             )
         needed = Capability.SPHERICAL_NOISE if config.law == "spherical" else Capability.NOISE
         if config.latent_sigma and needed not in engine.capabilities:
@@ -269,12 +276,12 @@ class LatentGRPOTrainer(CheckedGRPO):
             return nullcontext()
         return unwrap_model_for_generation(self.model_wrapped, self.accelerator)
 
-    def _roll_out_again(self, turn: Turn) -> list[str | None]:
+    def _roll_out_again(self, turn: Turn) -> list[Again | None]:
         """The text of each completion with a span, made anew from its seed with an empty pair for every span: the same
         up to the first one, for draws are keyed. None without a span."""
         assert self.markers is not None
         wanted = [row for row, rollout in enumerate(turn.rollouts) if has_span(rollout, self.markers)]
-        texts: list[str | None] = [None] * len(turn.rollouts)
+        found: list[Again | None] = [None] * len(turn.rollouts)
         anywhere = self.accelerator.gather(torch.tensor([len(wanted)], device=self.accelerator.device))
         if bool(anywhere.any()):
             # A process without any span makes one rollout for nothing: what is gathered for it, all must ask for.
@@ -282,8 +289,8 @@ class LatentGRPOTrainer(CheckedGRPO):
             with torch.no_grad(), self.accelerator.autocast(), self._phase("generate"), self._whole_weights():
                 made = self._rollouts(requests, turn.sampling)
             for row, rollout in zip(wanted, made, strict=False):
-                texts[row] = completion_text(rollout.completion_ids, self._tokenizer, self.markers)
-        return texts
+                found[row] = again_of(rollout, self._tokenizer, self.markers)
+        return found
 
     def _next_turn(self) -> int:
         """How often rollouts were made at this step before: a step may take several generation batches."""

@@ -18,6 +18,7 @@ from rl_lvr.latents.format import FormatIds, LatentFormat
 from rl_lvr.latents.text import ControlTokens
 from rl_lvr.rollout.replay import check_parity
 from rl_lvr.rollout.types import Sampling
+from rl_lvr.signals import between_samples, pooled
 from rl_lvr.training.faults import Unopened, agree
 from rl_lvr.training.grpo_config import WITH_LATENTS, LatentGRPOConfig
 from rl_lvr.training.grpo_pass import own_latents
@@ -143,6 +144,12 @@ class CheckedGRPO(TimedGRPO):
                 _log.warning("%s", warning)
         self._add_mean(mode, "latent/count", float(counts.sum()), len(counts))
         self._add_mean(mode, "latent/norm", float(norms.sum()), len(norms))
+        vectors = torch.stack([pooled(latents.values[row][own[row]]) for row in range(len(own))])
+        size = self.num_generations if mode == "train" else self.num_generations_eval
+        everywhere = self.accelerator.gather(vectors)
+        found = between_samples(everywhere, torch.arange(len(everywhere)) // size)
+        if found.pairs:
+            self._metrics[mode]["latent/collapse"].append(found.cosine)
 
     def _log_kept_mass(self, turn: Turn, mode: str) -> None:
         """Over the tokens that the loss sees: how much of the distribution `top_k`, `top_p` and `min_p` kept."""

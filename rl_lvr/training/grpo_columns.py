@@ -14,12 +14,15 @@ from rl_lvr.answers import text_of
 from rl_lvr.data.images import SOURCE
 from rl_lvr.errors import UserError
 from rl_lvr.latents.format import FormatIds
+from rl_lvr.latents.spans import find_spans
 from rl_lvr.latents.text import completion_text, without_markers
 from rl_lvr.rollout.record import RecordedRollout, recorded, span_facts
 from rl_lvr.rollout.types import Rollout
-from rl_lvr.training.grpo_turn import Turn
+from rl_lvr.training.grpo_turn import Again, Turn
 from rl_lvr.training.rewards import MADE_BY_TRAINER, RewardSpec
 
+_RECORDED = ("markers", "necessity_completions", "necessity_continuations")
+"""Columns that cannot be made again from the rest of a record."""
 _TAKEN = ("prompt", "image", "images", "answer", "category")
 
 
@@ -43,9 +46,41 @@ def made_columns(
         columns["group"] = list(groups)
     if "stop_reason" in wanted:
         columns["stop_reason"] = [rollout.stop_reason.value for rollout in turn.rollouts]
+    if "markers" in wanted:
+        columns["markers"] = [marker_order(rollout, markers) for rollout in turn.rollouts]
     if turn.again is not None:
-        columns["necessity_completions"] = turn.again
+        texts = zip(turn.rollouts, turn.again, strict=True)
+        columns["necessity_completions"] = [None if again is None else again.text for again in turn.again]
+        columns["necessity_continuations"] = [
+            again.continuation if again is not None and _closes(rollout, markers) else None for rollout, again in texts
+        ]
+    turn.made = {name: columns[name] for name in _RECORDED if name in columns}
     return columns
+
+
+def rolls_out_again(specs: Sequence[RewardSpec]) -> bool:
+    """Whether a reward asks for what comes of a prompt without latents."""
+    return any(name.startswith("necessity_") for spec in specs for name in spec.takes & set(MADE_BY_TRAINER))
+
+
+def again_of(rollout: Rollout, tokenizer: Any, markers: FormatIds) -> Again:
+    """The text of a second rollout, whole, and what of it follows its first pair of markers."""
+    ids = list(rollout.completion_ids)
+    begin = len(rollout.prompt_ids)
+    first = next((span.stop - begin for span in find_spans(rollout.ids, markers).spans if span.stop > begin), 0)
+    return Again(completion_text(ids, tokenizer, markers), completion_text(ids[first:], tokenizer, markers))
+
+
+def marker_order(rollout: Rollout, markers: FormatIds) -> list[str]:
+    """`start` or `end` for each marker token of the prompt and the completion."""
+    names = {markers.start: "start", markers.end: "end"}
+    return [names[token] for token in rollout.ids if token in names]
+
+
+def _closes(rollout: Rollout, markers: FormatIds) -> bool:
+    """Whether an END follows the completion's first START."""
+    ids = list(rollout.completion_ids)
+    return markers.start in ids and markers.end in ids[ids.index(markers.start) :]
 
 
 def read_completions(
@@ -115,7 +150,7 @@ def record(
             signals={name: column.values[row] for name, column in turn.columns.items()},
             images=_paths(inputs[row]),
             columns={name: value for name, value in inputs[row].items() if name not in _TAKEN and _plain(value)}
-            | ({} if turn.again is None else {"necessity_completions": turn.again[row]}),
+            | {name: values[row] for name, values in turn.made.items()},
         )
         for row, rollout in enumerate(turn.rollouts)
     ]

@@ -76,12 +76,14 @@ class RewardedGRPO(GuardedGRPO):
     def _note_constant(self, rewards: Tensor, first: Mapping[str, Any]) -> None:
         """Every process holds the rewards of all, so all count alike; the main one speaks."""
         steps = self.state.max_steps * self.args.gradient_accumulation_steps
+        names = _distinct(self.reward_func_names)  # rewards of environments stand last
+        takes = [spec.takes for spec in self.specs] + [frozenset[str]()] * (len(names) - len(self.specs))
         given = {
-            name: {column: first[column] for column in sorted(spec.takes) or ["completions"] if column in first}
-            for name, spec in zip(self._names, self.specs, strict=True)
+            name: {column: first[column] for column in sorted(taken) or ["completions"] if column in first}
+            for name, taken in zip(names, takes, strict=True)
         }
         self._constant.note(
-            dict(zip(self._names, rewards.T.tolist(), strict=False)),  # rewards of environments stand last
+            dict(zip(names, rewards.T.tolist(), strict=True)),
             given,
             batches=math.ceil(steps / (self.args.steps_per_generation * self.num_iterations)),
             speaks=self.is_world_process_zero(),

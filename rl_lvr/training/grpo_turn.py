@@ -21,6 +21,15 @@ from rl_lvr.signals import Column
 from rl_lvr.training.grpo_pass import own_latents
 
 
+@dataclass(frozen=True)
+class Again:
+    """A completion with a span, made once more from its seed with an empty pair of markers for every span."""
+
+    text: str
+    continuation: str
+    """What follows the first pair."""
+
+
 @dataclass
 class Turn:
     """What is known about a generation batch while TRL scores it."""
@@ -36,8 +45,10 @@ class Turn:
     old_means: Tensor | None = None
     columns: dict[str, Column] = field(default_factory=dict)
     reference_means: Tensor | None = None
-    again: list[str | None] | None = None
+    again: list[Again | None] | None = None
     """What came of the same prompts and seeds without latents, where a reward asks for it."""
+    made: dict[str, list[Any]] = field(default_factory=dict)
+    """Columns made for rewards that are recorded."""
 
     def carrier(self, start: int, device: torch.device) -> LatentBatch:
         """The latents, positions counted in ids whose prompts are padded on the left to `start` tokens."""

@@ -37,7 +37,9 @@ MADE_BY_TRAINER = {
     "spans": "per completion a list of spans (rl_lvr.rollout.record.span_facts)",
     "group": "a number that the completions of one prompt share",
     "stop_reason": "eos, stop or length",
+    "markers": "per completion start and end for each marker token of its prompt and itself, in order",
     "necessity_completions": "per completion the text that was rolled out without its latents, None without a span",
+    "necessity_continuations": "of that text what follows the first pair of markers, None where END closes no span",
 }
 """Columns beside the data's and the signals' that a reward may take; the trainer makes those that one of them takes."""
 

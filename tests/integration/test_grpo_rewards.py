@@ -8,11 +8,14 @@ from typing import Any
 
 import grpo_cases
 import pytest
-from grpo_cases import LVR, make_trainer, opening
+import torch
+from grpo_cases import LVR, make_trainer, opening, rows
 from lab_tools import same
 
 from rl_lvr.errors import UserError
-from rl_lvr.rollout.record import read_rollouts
+from rl_lvr.rollout.record import read_rollouts, reward_columns
+from rl_lvr.signals import between_samples, pooled
+from rl_lvr.training.rewards import load_rewards
 
 OWN = """
 def letters(completions, texts, spans, **_):
@@ -90,3 +93,49 @@ def test_texts_are_there_without_latents(load_tiny: Any, tmp_path: Path) -> None
 def test_a_state_that_cannot_be_written_is_refused(load_tiny: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"reward 'Alone': state_dict\(\) returned what JSON cannot hold"):
         train(load_tiny, tmp_path / "run", "Alone")
+
+
+PAPER_B = [f"paper_b_{name}" for name in ("attention", "presence", "length", "necessity", "format")]
+
+
+def test_rewards_of_paper_b_and_the_collapse_of_a_run(
+    load_tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a run recorded gives the same once more, but for the reward with state; and its latents give the metric."""
+    made = load_rewards([*PAPER_B, {"name": "paper_b_attention", "label": "r", "options": {"relative": True}}])
+    monkeypatch.setattr(grpo_cases, "rewards", lambda folder, *names: made)
+    ids = [f"question {number}" for number in range(4)]
+    model, processor = opening(load_tiny)
+    trainer = make_trainer(
+        model,
+        processor,
+        tmp_path,
+        data=rows().add_column("id", ids),
+        max_steps=2,
+        per_device_train_batch_size=8,
+        num_generations=4,
+        parity_check=False,
+    )
+    trainer.train()
+    found = read_rollouts(tmp_path / "run")
+    assert len(found) == 16
+    given = reward_columns(list(found))
+    for spec in made:
+        if spec.name != "paper_b_length":
+            assert spec.function(**given) == pytest.approx([r.rewards[spec.name] for r in found]), spec.name
+    for row in found:
+        closed = any(span["status"] == "closed" for span in row.spans)
+        assert row.rewards["paper_b_presence"] == 0.5 * ("start" in row.columns["markers"])
+        assert (row.columns["necessity_continuations"] is not None) == closed
+        if closed:
+            assert row.columns["necessity_completions"].endswith(row.columns["necessity_continuations"])
+    assert any(row.rewards["paper_b_attention"] > 0 for row in found)
+
+    for step, logged in enumerate(trainer.state.log_history[:2]):
+        numbers = [number for number in range(16) if found[number].step == step]
+        values = [found.latents(number).values[0] for number in numbers]
+        expected = between_samples(
+            torch.stack([pooled(row[row.abs().sum(-1) > 0]) for row in values]), [found[n].group for n in numbers]
+        )
+        assert expected.pairs
+        assert logged["latent/collapse"] == pytest.approx(expected.cosine, abs=1e-4)

@@ -84,7 +84,7 @@ def test_evaluate_prints_a_table_and_keeps_every_answer(tmp_path: Path, capsys: 
     arguments = ["lab", "evaluate", str(tmp_path / "out"), "--data", str(data / "test.parquet"), "--max-tokens", "8"]
     assert cli.main([*arguments, "--conditions", "own, noise,none", "--out", str(tmp_path / "t.json")]) == 0
     found = json.loads((tmp_path / "t.json").read_text())
-    assert set(found) == {"n", "own", "noise", "none", "unreadable"}
+    assert set(found) == {"n", "own", "noise", "none", "unreadable", "collapse"}
     rows = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
     assert len(rows) == 3 * 12
     for name in ("own", "noise", "none"):

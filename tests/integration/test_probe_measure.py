@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from engine_cases import FORMATS, SAMPLED, Rig
+from helpers import paper_b_masks
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -71,6 +72,7 @@ class Plain:
     markers: list[int]
     after: list[int]
     completion: list[int]
+    paper_b_masks: tuple[list[int], list[int]]
 
     @property
     def latents(self) -> list[int]:
@@ -81,6 +83,9 @@ class Plain:
 
     def mean_mass(self, keys: list[int], layers: Any = slice(None)) -> float:
         return mean([self.mass(query, keys, layers) for query in self.after])
+
+    def paper_b(self, keys: list[int]) -> float:
+        return mean([self.mass(query, keys, slice(0, 1)) for query in self.paper_b_masks[0]])
 
     def log_p(self, position: int) -> Tensor:
         return self.logits[position].double().log_softmax(-1)
@@ -145,6 +150,7 @@ def plain_forward(rig: Rig, rollout: Rollout, images: dict[str, Any], markers: F
         markers=[i for i, token in enumerate(ids) if token in (markers.start, markers.end)],
         after=[] if last is None else list(range(max(last + 1, prompt), len(ids))),
         completion=list(range(prompt, len(ids))),
+        paper_b_masks=paper_b_masks(ids, prompt, len(latents) or None, markers.start, markers.end),
     )
 
 
@@ -161,8 +167,9 @@ def expected(plain: Plain, end: int | None) -> dict[str, float]:
     ]
     return {
         "attention_mass": on_latents,
-        "attention_mass_paper_b": plain.mean_mass(plain.slots, layers=slice(0, 1)),
+        "attention_mass_paper_b": plain.paper_b(plain.paper_b_masks[1]),
         "attention_relative": on_latents / max(on_image, 1e-6) if on_image > 0 else 0.0,
+        "attention_relative_paper_b": plain.paper_b(plain.paper_b_masks[1]) / (plain.paper_b(image) if image else 1.0),
         "attention_without_sink": on_latents / (1 - plain.mean_mass([0])),
         "image_attention_entropy_difference": mean([plain.image_entropy(i) for i in latents])
         - mean([plain.image_entropy(i) for i in plain.after])
@@ -177,7 +184,7 @@ def expected(plain: Plain, end: int | None) -> dict[str, float]:
         "end_at_first_slot": mean([float(plain.log_p(span[0])[end].exp()) for span in plain.spans]),
         "latent_norm": mean([float(plain.inputs[i].norm()) for i in latents]),
         "latent_image_cosine": float(cosines.amax(1).mean()) if cosines is not None and latents else 0.0,
-        "latent_cosine": mean(among),
+        "latent_span_cosine": mean(among),
     }
 
 
@@ -276,7 +283,7 @@ def test_absent_empty_and_truncated_spans(qwen):
     assert [value > 0 for value in entropy.values] == [count > 0 for count in entropy.counts]
     assert measured.columns["entropy_drop"].counts == [0, 0, 1, 0, 1, 0]
     assert measured.columns["end_at_first_slot"].counts == [0, 0, 1, 1, 2, 0]
-    assert measured.columns["latent_cosine"].counts == [0, 0, 1, 0, 3, 0]
+    assert measured.columns["latent_span_cosine"].counts == [0, 0, 1, 0, 3, 0]
     assert measured.columns["image_attention_entropy_difference"].counts[1] == 0  # no latent
     assert measured.columns["attention_mass_paper_b"].values[2] == 0.0
     tokens, each = measured.columns["tokens"], measured.columns["each"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -55,6 +56,7 @@ def test_the_recipes_on_the_page_load(example: Path) -> None:
     assert signals_of(first) == ["attention_mass"]
     assert [spec.weight for spec in paper_b] == [0.9, 0.1, 1, 1]
     assert judge[0].name == "judge"
+    assert [spec.name for spec in paper_b][1:] == ["paper_b_format", "paper_b_length", "paper_b_attention"]
     columns = {"completions": ["red", "x" * 30 + "red"], "answer": ["red", "red"]}
     assert first[1].function(**columns) == [1, 0]
 
@@ -70,6 +72,15 @@ def test_the_file_of_the_page_trains(example: Path, opener: Path, place: Path) -
     assert row["reward"] > 0
     texts = reward_columns(list(read_rollouts(example / "run")))["texts"]
     assert all(isinstance(text, str) and "<|" not in text for text in texts)
+
+
+def test_the_class_of_the_page_remembers(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (example / "rare.py").write_text(blocks("python")[1])
+    lines = ((0, "red"), (0, "red"), (1, "red"), (1, "blue"))
+    rows = (f'{{"prompt": "q", "completion": "{text}", "step": {step}}}' for step, text in lines)
+    (example / "steps.jsonl").write_text("\n".join(rows))
+    assert main(["rewards", "test", "rare.py:Rare", "--data", "steps.jsonl", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["scores"] == [1, 1, 0, 1]
 
 
 def test_the_page_names_every_reward_and_every_key(capsys: pytest.CaptureFixture[str]) -> None:

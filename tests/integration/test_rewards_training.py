@@ -113,11 +113,11 @@ def test_rollouts_of_the_engine_are_recorded_scored_and_shown(
         engine = rig.engine(format_)
         requests = rig.requests()
         rollouts = engine.generate(requests, SAMPLED)
-    specs = load_rewards(["format", "presence", "attention", "confidence_text", "confidence_code"])
-    wanted = parse_signals([*signals_of(specs), "attention_mass_paper_b"])
+    specs = load_rewards(["format", "presence", "paper_b_attention", "attention", "confidence_text", "confidence_code"])
+    wanted = parse_signals(signals_of(specs))
     batch = replay_batch(rig.model, rollouts, [request.images for request in requests])
     columns = measure(rig.model, batch, engine.markers, wanted).columns
-    paper_b = columns.pop("attention_mass_paper_b").values
+    paper_b = columns["attention_mass_paper_b"].values
     records = [
         recorded(
             rollout,
@@ -134,7 +134,10 @@ def test_rollouts_of_the_engine_are_recorded_scored_and_shown(
     found = read_rollouts(tmp_path)
     given = reward_columns(list(found))
     scores = {spec.name: spec.function(**given) for spec in specs}
-    assert scores["attention"] == pytest.approx(paper_b)  # the default is paper B's, as measured under that name
+    assert scores["paper_b_attention"] == paper_b
+    # Ours is 0 where no text follows the last span, and theirs looks from the whole completion then.
+    assert all(ours in (0.0, pytest.approx(theirs)) for ours, theirs in zip(scores["attention"], paper_b, strict=True))
+    assert max(scores["attention"]) > 0
     assert max(paper_b) > 0
     assert scores["confidence_code"] == columns["confidence_reward"].values
     for number, rollout in enumerate(rollouts):
@@ -154,7 +157,7 @@ def test_rollouts_of_the_engine_are_recorded_scored_and_shown(
     shown = capsys.readouterr().out
     assert "⟦3 latents⟧" in shown
     assert "3 latents, closed" in shown
-    assert main(["rewards", "test", "attention", "--data", str(tmp_path)]) == 0
+    assert main(["rewards", "test", "paper_b_attention", "--data", str(tmp_path)]) == 0
     assert f"mean {sum(paper_b) / len(paper_b):.4f} of {len(paper_b)} scored" in capsys.readouterr().out
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import paper_b_masks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -53,7 +54,7 @@ def test_padding_and_packing_change_nothing(rows, first):
         for sequence in range(len(rows)):
             here, there = left.sequences == sequence, other.sequences == sequence
             assert torch.equal(left.labels[here], other.labels[there])
-            for queries in ("after", "text", "completion", "latent"):
+            for queries in ("after", "text", "completion", "latent", "paper_b"):
                 assert torch.equal(left.queries(queries)[here], other.queries(queries)[there])
     assert bool((left.labels[left.sequences < 0] == -1).all())
 
@@ -73,6 +74,44 @@ def test_queries():
     )
     found = {name: regions.queries(name)[0].nonzero()[:, 0].tolist() for name in ("after", "text", "latent")}
     assert found == {"after": [10, 11, 12, 13], "text": [5, 10, 11, 12, 13], "latent": [3, 7, 8]}
+
+
+SPAN = [START, SLOT, SLOT, END]
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        [WORD, *SPAN, WORD, WORD],
+        [WORD, *SPAN],  # nothing behind it: the whole completion
+        [*SPAN, WORD, *SPAN, WORD],
+        [WORD, *SPAN, WORD, START, SLOT],  # truncated
+        [WORD, START, SLOT],
+        [WORD, START],
+        [START, END, WORD],  # empty
+        [WORD, WORD],
+    ],
+)
+def test_queries_and_keys_of_paper_b(completion):
+    row = [WORD, IMAGE, *completion]
+    regions = find_regions(
+        torch.tensor([row]), torch.ones(1, len(row)), torch.arange(len(row))[None] >= 2, FORMATS["at_start"], IMAGE
+    )
+    steps = completion.count(SLOT) or None
+    keys = torch.isin(regions.labels[0], torch.tensor(REGIONS["closed_slot"])).nonzero()[:, 0].tolist()
+    assert (regions.queries("paper_b")[0].nonzero()[:, 0].tolist(), keys) == paper_b_masks(row, 2, steps, START, END)
+    slots = torch.isin(regions.labels[0], torch.tensor(REGIONS["slot"])).nonzero()[:, 0].tolist()
+    assert slots == [i for i, token in enumerate(row) if token == SLOT]
+
+
+@settings(deadline=None, max_examples=60)
+@given(row=st.lists(st.sampled_from([START, SLOT, END, WORD]), min_size=4, max_size=14))
+def test_queries_of_paper_b_for_any_row(row):
+    regions = find_regions(
+        torch.tensor([row]), torch.ones(1, len(row)), torch.arange(len(row))[None] >= 2, FORMATS["at_start"], IMAGE
+    )
+    steps = int((regions.spans.latent & regions.completion).sum()) or None
+    assert regions.queries("paper_b")[0].nonzero()[:, 0].tolist() == paper_b_masks(row, 2, steps, START, END)[0]
 
 
 def test_a_gap_in_the_mask_is_refused():

@@ -12,17 +12,18 @@ from rl_lvr.signals import SIGNALS, Reading, parse_signals
 
 
 def test_names_and_parameters():
-    plain, layers, paper = parse_signals(
+    plain, layers, paper, relative = parse_signals(
         [
             "attention_mass",
             {"attention_mass": {"layers": [0, -1], "to": "image", "name": "first"}},
             "attention_mass_paper_b",
+            "attention_relative_paper_b",
         ]
     )
     assert (plain.name, plain.parameters, plain.reading) == ("attention_mass", {}, Reading("mass"))
     assert (layers.name, layers.parameters) == ("first", {"layers": (0, -1), "to": "image"})
     assert layers.reading == Reading("mass", (0, -1))
-    assert paper.reading == Reading("mass", (0,))  # the paper's layer, not all
+    assert paper.reading == relative.reading == Reading("mass", (0,))  # the paper's layer, not all
 
 
 def test_parameters_of_numbers():
@@ -71,7 +72,7 @@ def test_two_columns_of_one_name_are_refused():
     with pytest.raises(UserError, match="two signals are called 'attention_mass'"):
         parse_signals(["attention_mass", {"attention_mass": {"layers": [0]}}])
     with pytest.raises(UserError, match="two signals are called 'latent_norm'"):
-        parse_signals(["latent_norm", {"latent_cosine": {"name": "latent_norm"}}])
+        parse_signals(["latent_norm", {"latent_span_cosine": {"name": "latent_norm"}}])
 
 
 def test_null_means_all():

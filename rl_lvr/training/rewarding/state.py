@@ -50,7 +50,7 @@ def require_shared(states: Mapping[str, StatefulReward], processes: int) -> None
         packed({name: state})
         if processes > 1 and not isinstance(state, SharedReward):
             raise UserError(
-                f"reward {name!r} has state, which its {processes} processes would keep apart: give it pending() and "
+                f"reward {name!r} has state, which the {processes} processes would keep apart: give it pending() and "
                 "merge(parts) (docs/rewards.md), or leave it out."
             )
 
@@ -59,13 +59,17 @@ def packed(states: Mapping[str, StatefulReward]) -> str:
     """The states of all rewards as text, which later changes leave alone."""
     held = {}
     for name, state in states.items():
+        given = state.state_dict()
         try:
-            held[name] = json.loads(json.dumps(state.state_dict()))
+            held[name] = json.loads(json.dumps(given))
+            problem = None if held[name] == given or repr(held[name]) == repr(given) else "it comes back as another"
         except (TypeError, ValueError) as error:
+            problem = str(error)
+        if problem is not None:
             raise UserError(
-                f"reward {name!r}: state_dict() returned what JSON cannot hold ({error}); return numbers, texts, lists "
-                "and dictionaries."
-            ) from error
+                f"reward {name!r}: state_dict() returned what JSON cannot hold ({problem}); return dictionaries with "
+                "texts as keys, lists, texts and numbers."
+            )
     return json.dumps(held)
 
 
