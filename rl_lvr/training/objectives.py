@@ -6,12 +6,13 @@ Everything is computed in float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from rl_lvr.errors import UserError
 
@@ -93,6 +94,10 @@ OBJECTIVES: dict[str, Callable[[LatentPairs], Tensor]] = {
 }
 
 
+TOWARDS_TARGETS = ("nmse", "cosine", "infonce")
+"""Objectives that pull predictions towards the target vectors, which the vision tower and the merger make."""
+
+
 def parse_objective(text: str) -> dict[str, float]:
     """``"nmse"`` or ``"nmse:1,infonce:0.1"`` -> weights by name."""
     weights: dict[str, float] = {}
@@ -109,6 +114,27 @@ def parse_objective(text: str) -> dict[str, float]:
         if not weights[name] >= 0:
             raise UserError(f"latent objective {name!r} has the weight {weight}; it must be 0 or more.")
     return weights
+
+
+def moving_targets(config: Any, parts: Mapping[str, list[nn.Parameter]]) -> str | None:
+    """Why the latent objective has targets that change while they are learned; None if they do not.
+
+    Args:
+        config: Of the run: its objective, the weight of it.
+        parts: The parameters that make the targets, as `Family.vision_parameters` returns them.
+    """
+    pulled = [name for name in TOWARDS_TARGETS if config.objective.get(name)]
+    trained = [name for name, weights in parts.items() if any(weight.requires_grad for weight in weights)]
+    if not (pulled and trained and (config.latent_weight or config.latent_weight_end)):
+        return None
+    switches = {"tower": "freeze_vision_tower", "merger": "freeze_merger"}
+    names, pull = " and ".join(pulled), "pulls" if len(pulled) == 1 else "pull"
+    return (
+        f"{names} {pull} latents towards vectors of the vision {' and '.join(trained)}, which this run trains: the "
+        "targets move away from what was learned, and the loss may start in the hundreds. Freeze "
+        f"{' and '.join(trained)} ({', '.join(switches[name] for name in trained)} in a recipe, freeze_vision in "
+        "Python), or use latent_objective contrast."
+    )
 
 
 def latent_objective(pairs: LatentPairs, weights: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -12,7 +12,7 @@ import math
 import random
 import shutil
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from rl_lvr.latents.format import FormatIds, LatentFormat
 from rl_lvr.latents.inject import unwrapped
 from rl_lvr.models import load_weights
 from rl_lvr.training.callbacks import Abandoned, Interrupt
+from rl_lvr.training.card import card_of
 from rl_lvr.training.checkpoints import (
     PARTIAL,
     foreign,
@@ -330,10 +331,23 @@ class Resumable(Trainer):
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """The format goes beside every checkpoint, so that no other one is used with it by mistake."""
+        """The format goes beside every checkpoint, so that no other one is used with it by mistake; so does a card.
+
+        PEFT writes a card of its own, with the path of the base model on this machine.
+        """
         super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
         if self.markers is not None:
-            self.markers.format.save(Path(output_dir or self.args.output_dir))
+            self.markers.format.save(folder)
+        card_of(self).save(folder)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """TRL's says nothing of latents, and of a base model in a folder "None"."""
+        if self.is_world_process_zero():
+            more = [tags] if isinstance(tags, str) else tags or []
+            card_of(self, model_name, dataset_name, more).save(Path(self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Restore all weights, or refuse.
@@ -372,11 +386,13 @@ class Resumable(Trainer):
             return self.args.output_dir
         folder = Path(self.args.output_dir) / "merged"
         if self.is_world_process_zero():
+            card = replace(card_of(self), adapter=False)
             merged = self.model.merge_and_unload()
             name = first_not_finite(merged)  # a sum of finite weights may overflow
             if name is not None:
                 raise Fault(f"parameter {name} is not finite once the adapter is merged: use a wider precision.")
             merged.save_pretrained(folder)
+            card.save(folder)
             self.processing_class.save_pretrained(folder)
             if self.markers is not None:
                 self.markers.format.save(folder)

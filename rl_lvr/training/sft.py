@@ -7,6 +7,7 @@ DeepSpeed, checkpoints and resuming are TRL's and transformers' own.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -30,7 +31,7 @@ from rl_lvr.latents.spans import span_masks
 from rl_lvr.models import family_of
 from rl_lvr.rollout.forward import evaluating
 from rl_lvr.training.config import ARGUMENTS_WITH_RECORDS, ON_RECORDS, WITH_RECORDS, LatentSFTConfig
-from rl_lvr.training.objectives import LatentPairs, latent_objective
+from rl_lvr.training.objectives import LatentPairs, latent_objective, moving_targets
 from rl_lvr.training.resuming import Moment, Resumable
 from rl_lvr.training.settings import ON_LATENTS, WITH_FORMAT, refuse_unused
 from rl_lvr.training.trl_arguments import (
@@ -151,6 +152,10 @@ class LatentSFTTrainer(Resumable, SFTTrainer):
             **arguments,
         )
         self._has_feedback = hasattr(unwrapped(self.model), FEEDBACK)
+        if self.markers is not None and self.is_world_process_zero():
+            warning = moving_targets(config, self.family.vision_parameters(self.model))
+            if warning is not None:
+                print(f"warning: {warning}", file=sys.stderr)
 
     def compute_loss(
         self,

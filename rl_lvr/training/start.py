@@ -6,11 +6,14 @@ What can be refused is refused here, before weights are read.
 from __future__ import annotations
 
 import logging
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import nn
 from trl import ModelConfig, get_peft_config
 
@@ -148,13 +151,35 @@ def questions_of(records: Records, encoded: Sequence[Encoded], encoder: Encoder,
 
 
 def adapter_of(model_config: ModelConfig, model: nn.Module, family: Family, markers: FormatIds | None) -> Any:
-    """TRL's adapter config, kept off the vision parts; the feedback map is trained whole beside the adapter."""
+    """TRL's adapter config, kept off the vision parts; the feedback map is trained whole beside the adapter.
+
+    Without target modules it takes all linear layers of the text model, which leaves the output head out.
+    """
     peft_config = get_peft_config(model_config)
     if peft_config is None:
         return None
+    if not (peft_config.target_modules or peft_config.target_parameters):
+        peft_config.target_modules, kinds, layers = _text_targets(model, family)
+        if PartialState().is_main_process:
+            print(
+                f"adapters of rank {peft_config.r} on {', '.join(kinds)} of {layers} text layers; lora_target_modules "
+                "names others",
+                file=sys.stderr,
+            )
     frozen = {id(module) for part in family.vision_parts(model).values() for module in part}
     names = [name for name, module in model.named_modules() if id(module) in frozen]
     peft_config.exclude_modules = "|".join(rf"{name.replace('.', chr(92) + '.')}(\..*)?" for name in names)
     if markers is not None and hasattr(model, FEEDBACK):
         peft_config.modules_to_save = [*(peft_config.modules_to_save or []), FEEDBACK]
     return peft_config
+
+
+def _text_targets(model: nn.Module, family: Family) -> tuple[str, list[str], int]:
+    """A pattern of the names of the text model's linear layers for PEFT, their kinds, and the number of layers."""
+    layers = family.text_layers(model)
+    (prefix,) = (name for name, module in model.named_modules() if module is layers)
+    names = [name for name, module in layers.named_modules() if isinstance(module, nn.Linear)]
+    kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+    if not kinds:
+        raise UserError(f"{family.name}'s text layers hold no linear layers: name lora_target_modules.")
+    return rf"{re.escape(prefix)}\.\d+\.(.*\.)?({'|'.join(map(re.escape, kinds))})", kinds, len(layers)

@@ -103,13 +103,19 @@ def test_a_run_goes_on_where_it_stopped(home: Path, tmp_path: Path) -> None:
 
 
 def test_an_adapter_is_merged(home: Path, opener: Path, place: Path, tmp_path: Path) -> None:
-    settings = {"use_peft": True, "lora_target_modules": "all-linear", "rewards": f"{home / 'mine.py'}:letters"}
+    settings = {"use_peft": True, "rewards": f"{home / 'mine.py'}:letters"}
     settings["latent_policy"] = "unrolled"  # which TRL's own default of lora_dropout would not allow
     assert grpo(opener, place / "data", tmp_path / "out", max_steps=1, **settings) == 0
     load_model(tmp_path / "out" / "merged")
     merged, start = weights(tmp_path / "out" / "merged"), weights(opener)
     assert merged.keys() == start.keys()
     assert any((merged[name] != start[name]).any() for name in merged)
+    for folder in ("out", "out/merged"):
+        text = (tmp_path / folder / "README.md").read_text()
+        assert "base_model: model" in text
+        assert "trained on `data/train.parquet` with TRL's GRPO on latents" in text
+        assert "None" not in text
+        assert str(opener) not in text
 
 
 def test_held_out_rewards_are_logged(home: Path, opener: Path, place: Path, tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from huggingface_hub import ModelCard
 from lab_tools import Bench, logged, puzzles, same, sft, weights
 
 from rl_lvr.data.writing import write_jsonl
@@ -14,9 +16,12 @@ from rl_lvr.rollout.hf import HFRolloutEngine
 from rl_lvr.rollout.types import Sampling
 
 
-def test_frozen_parts_do_not_move_and_the_rest_does(place: Path, tmp_path: Path) -> None:
+def test_frozen_parts_do_not_move_and_the_rest_does(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    moves = "nmse pulls latents towards vectors of the vision merger, which this run trains"
     assert sft(place / "model", place / "data", tmp_path / "frozen") == 0
+    assert moves not in capsys.readouterr().err
     assert sft(place / "model", place / "data", tmp_path / "open", freeze_merger=False) == 0
+    assert moves in capsys.readouterr().err
     before, frozen, opened = (weights(f) for f in (place / "model", tmp_path / "frozen", tmp_path / "open"))
     moved = {name for name in before if not torch.equal(before[name], frozen[name])}
     assert moved
@@ -41,15 +46,34 @@ def test_marker_tokens_are_added_on_request(place: Path, tmp_path: Path) -> None
 
 def test_adapters_train_alone_and_keep_off_the_vision_tower(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    code = sft(
-        place / "model", place / "data", out, use_peft=True, lora_target_modules="all-linear", latent_projector="linear"
-    )
-    assert code == 0
+    saved = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    assert sft(place / "model", place / "data", out, use_peft=True, latent_projector="linear", **saved) == 0
     names = set(weights(out))
-    assert names
+    assert len({name.rpartition(".lora_A")[0] for name in names if "lora_A" in name}) == 14, "7 in each of 2 layers"
     assert all("lora_" in name or "latent_proj" in name for name in names)
     assert any("latent_proj" in name for name in names)
     assert not any("visual" in name for name in names)
+    for folder, library in ((out, "peft"), (out / "checkpoint-1", "peft"), (out / "merged", "transformers")):
+        assert_sound_card(folder, place, library)
+
+
+def assert_sound_card(folder: Path, place: Path, library: str) -> None:
+    """Of a model of `place`, with nothing of this machine in it."""
+    card = ModelCard.load(folder / "README.md")
+    assert (card.data.base_model, card.data.library_name) == ("model", library)
+    assert {"rl-lvr", "trl", "sft"} <= set(card.data.tags)
+    assert "`model`, trained on `data/train.parquet` with TRL's SFT on latents" in card.text
+    assert "format `lvr`" in card.text
+    assert "rl-lvr generate out" in card.text
+    for words in ("None", str(place), str(folder.parent), "/tmp"):
+        assert words not in card.content, words
+
+
+def test_a_model_and_its_checkpoint_have_cards(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert sft(place / "model", place / "data", out, save_strategy="steps", save_steps=1, max_steps=1) == 0
+    for folder in (out, out / "checkpoint-1"):
+        assert_sound_card(folder, place, "transformers")
 
 
 def test_accuracy_under_interventions_is_logged_in_the_row_of_its_step(place: Path, tmp_path: Path) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
 
 from rl_lvr.errors import UserError
+from rl_lvr.models.registry import family_class
+from rl_lvr.training.config import LatentSFTConfig
 from rl_lvr.training.objectives import (
     CONTRAST_TEMPERATURE,
     INFONCE_TEMPERATURE,
@@ -16,9 +19,11 @@ from rl_lvr.training.objectives import (
     cosine,
     infonce,
     latent_objective,
+    moving_targets,
     nmse,
     parse_objective,
 )
+from rl_lvr.training.settings import freeze_vision
 
 
 @pytest.fixture
@@ -105,3 +110,34 @@ def test_bad_objectives_are_refused(text: str) -> None:
 def test_objectives_are_parsed() -> None:
     assert parse_objective("nmse") == {"nmse": 1.0}
     assert parse_objective("nmse:1, infonce:0.1") == {"nmse": 1.0, "infonce": 0.1}
+
+
+FREEZE_BOTH = {"freeze_vision_tower": True, "freeze_merger": True}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"freeze_vision_tower": False},
+            "nmse pulls .* the vision tower, .* Freeze tower .freeze_vision_tower in a recipe",
+        ),
+        ({"freeze_merger": False}, "nmse pulls .* the vision merger, .* Freeze merger .freeze_merger in"),
+        (
+            {"freeze_vision_tower": False, "freeze_merger": False, "latent_objective": "cosine:1,infonce:0.1"},
+            "cosine and infonce pulls? .* tower and merger, .* Freeze tower and merger .freeze_vision_tower, freeze_merger in",
+        ),
+        ({"freeze_vision_tower": False, "latent_weight": 0.0, "latent_weight_end": 1.0}, "nmse"),
+        ({}, None),
+        ({"freeze_vision_tower": False, "latent_objective": "contrast"}, None),
+        ({"freeze_vision_tower": False, "latent_objective": "nmse:0,contrast:1"}, None),
+        ({"freeze_vision_tower": False, "latent_weight": 0.0}, None),
+    ],
+)
+def test_targets_that_move_are_named_with_the_cure(load_tiny, tmp_path, settings, words) -> None:
+    model, _ = load_tiny("qwen2_5_vl")
+    family = family_class("qwen2_5_vl")(model.config)
+    config = LatentSFTConfig(output_dir=str(tmp_path), train_file="x.jsonl", use_cpu=True, **FREEZE_BOTH | settings)
+    freeze_vision(family, model, tower=config.freeze_vision_tower, merger=config.freeze_merger)
+    told = moving_targets(config, family.vision_parameters(model))
+    assert told is None if words is None else re.search(words, told or "")
