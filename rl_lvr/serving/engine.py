@@ -23,7 +23,7 @@ from rl_lvr.errors import UserError
 from rl_lvr.rollout.vllm import guards, wire
 from rl_lvr.rollout.vllm.calls import Answer, answer_of, checked_args, named
 from rl_lvr.rollout.vllm.settings import LatentSettings, settings_of
-from rl_lvr.rollout.vllm.weights import Receipt
+from rl_lvr.rollout.vllm.weights import Receipt, mismatch
 from rl_lvr.serving.weights import REPAIR, Gate
 
 
@@ -200,8 +200,6 @@ class LatentAsyncLLM(AsyncLLM):
             if not await self.reset_prefix_cache():
                 raise UserError(f"vLLM kept prefixes of the old weights: {REPAIR}")
             await self.reset_encoder_cache()
-            receipts = [Receipt(*row) for row in rows]
-            for rank, got in enumerate(receipts):
-                if not sent.agrees(got):
-                    raise UserError(f"worker {rank} did not take over the weights: sent {sent}, it has {got}; {REPAIR}")
-        return receipts
+            if (fault := mismatch(sent, rows)) is not None:
+                raise UserError(f"{fault}; {REPAIR}")
+        return [Receipt(*row) for row in rows]

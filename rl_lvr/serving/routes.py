@@ -102,6 +102,7 @@ class Weights(_Body):
     tensors: int
     checksum: float
     rows: float
+    head: float
 
 
 class Call(_Body):
@@ -143,7 +144,7 @@ async def weights(body: Annotated[Any, Body()], raw_request: Request) -> JSONRes
     new = _parsed(Weights, body)
     try:
         folder = sent_folder(raw_request.app.state.weights_folder, new.name)
-        receipts = await engine.take_weights(folder, Receipt(new.tensors, new.checksum, new.rows))
+        receipts = await engine.take_weights(folder, Receipt(new.tensors, new.checksum, new.rows, new.head))
     except UserError as error:
         raise VLLMValidationError(str(error)) from error
     return JSONResponse({"workers": [receipt.as_row() for receipt in receipts]})

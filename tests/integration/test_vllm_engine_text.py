@@ -16,8 +16,9 @@ from vllm_pairs import LONG, ROOM, SHORT, assert_parity, close, started
 from rl_lvr.errors import UserError
 from rl_lvr.latents.feedback import attach_feedback
 from rl_lvr.rollout.hf import HFRolloutEngine
+from rl_lvr.rollout.replay import check_parity
 from rl_lvr.rollout.types import Capability
-from rl_lvr.rollout.vllm import guards, wire
+from rl_lvr.rollout.vllm import cpu, guards, wire
 
 
 @pytest.fixture(scope="module")
@@ -272,6 +273,62 @@ def test_nothing_is_generated_after_a_deep_sleep_without_new_weights(text):
     text.vllm.sleep(level=1)
     text.vllm.wake()
     assert text.vllm.generate(requests, sampling)
+
+
+# ---- a head that is tied to the embedding: on a CPU vLLM computes it with a copy
+
+
+def stepped(case, rate):
+    """Another instance of the model, one step of training further."""
+    model = VLLMRig(case.rig.folder).model
+    with torch.no_grad():
+        for number, weight in enumerate(model.parameters()):
+            weight += rate * torch.randn(weight.shape, generator=torch.Generator().manual_seed(number))
+    return model
+
+
+def agree(case, model):
+    """Whether the engine's tokens and log-probs are those of `model`."""
+    requests, sampling = case.requests()[:3], replace(LONG, max_tokens=12)
+    rollouts = case.vllm.generate(requests, sampling)
+    report = check_parity(case.vllm, model, requests, sampling, rollouts=rollouts)
+    theirs = HFRolloutEngine(model, case.rig.processor, case.format).generate(requests, sampling)
+    return report.max_dlogp <= 1e-4 and all(close(a, b) for a, b in zip(rollouts, theirs, strict=True))
+
+
+def test_a_tied_head_is_the_trainers_after_a_sync(text):
+    model = stepped(text, 0.05)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert not agree(text, model), "the control: not synced yet"
+    text.vllm.sync_weights(model)
+    assert agree(text, model)
+    text.vllm.llm.collective_rpc("reload_weights")  # vLLM's own, from the folder
+    text.vllm.llm.reset_prefix_cache()
+    assert agree(text, text.rig.model)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is packed on a GPU")
+def test_a_head_that_keeps_its_old_weights_is_refused(text, monkeypatch):
+    """Also after a step as small as those of a real run."""
+    requests = text.requests()[:1]
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu, "repack", lambda model, before: None)
+        for rate in (0.05, 1e-6):
+            with pytest.raises(RuntimeError, match=r"worker 0 did not .* its output head computes other logits"):
+                text.vllm.sync_weights(stepped(text, rate))
+            with pytest.raises(UserError, match="the last sync_weights failed"):
+                text.vllm.generate(requests, SHORT)
+    text.vllm.sync_weights(text.rig.model)
+    assert agree(text, text.rig.model)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is packed on a GPU")
+def test_a_layer_that_got_no_weights_is_named(text):
+    runner = text.vllm.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    named = [(name, value) for name, value in text.rig.model.state_dict().items() if "1.mlp.down_proj" not in name]
+    with pytest.raises(RuntimeError, match=r"no weights came for model\.layers\.1\.mlp\.down_proj"):
+        runner.reload_weights(weights_iterator=named)
+    text.vllm.sync_weights(text.rig.model)
 
 
 # ---- the hooks

@@ -94,7 +94,8 @@ def thinking_folder(source: Path, folder: Path, *, feedback: LatentFormat | None
     shutil.copytree(source, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
-    head = next(value for name, value in tensors.items() if name.endswith("lm_head.weight"))
+    heads = ("lm_head.weight", "embed_tokens.weight")  # a tied model has the second alone
+    head = next(value for end in heads for name, value in tensors.items() if name.endswith(end))
     for format_ in map(get_format, FORMATS):
         if format_.start is not None and format_.end is not None:
             head[tokenizer.convert_tokens_to_ids(format_.start)] *= 6.0
@@ -117,7 +118,7 @@ def _feedback_weights(format_: LatentFormat, width: int) -> dict[str, torch.Tens
     return {f"{NAME}.{name}": value.detach().clone() for name, value in module.state_dict().items()}
 
 
-def build_text(model_type: str, folder: Path) -> Path:
+def build_text(model_type: str, folder: Path, tie: bool = False) -> Path:
     """A tiny text-only Qwen2 or Qwen3."""
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -132,7 +133,7 @@ def build_text(model_type: str, folder: Path) -> Path:
         "num_key_value_heads": 1,
         "max_position_embeddings": 4096,
         "initializer_range": 0.2,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": tie,
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
@@ -147,9 +148,14 @@ def build_text(model_type: str, folder: Path) -> Path:
     return folder
 
 
-def thinking(tiny_folder: Any, tmp: Path, name: str, feedback: LatentFormat | None = None) -> Path:
+def thinking(
+    tiny_folder: Any, tmp: Path, name: str, feedback: LatentFormat | None = None, *, tie: bool = False
+) -> Path:
     """The folder of a thinking tiny model of a family, or of a text-only one, made in `tmp`."""
-    source = build_text(name, tmp / "plain" / name) if name in TEXT else tiny_folder(name, latent_formats=FORMATS)
+    if name in TEXT:
+        source = build_text(name, tmp / "plain" / name, tie)
+    else:
+        source = tiny_folder(name, latent_formats=FORMATS, tie=tie)
     return thinking_folder(source, tmp / name, feedback=feedback)
 
 

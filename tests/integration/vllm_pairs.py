@@ -26,6 +26,8 @@ CASES = {
     "qwen2": get_format("lvr", k=3, projector="mlp", norm="embedding"),
     "qwen3": get_format("lvr", k=4),
 }
+TIED = ("qwen3",)
+"""Output head and embedding share their weight."""
 ROOM = {"qwen3": 12}
 """max_latents of the case, where it is not the default."""
 LONG = replace(GREEDY, max_tokens=20)
@@ -65,7 +67,8 @@ def started(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Itera
         if name not in made:
             format_ = CASES[name]
             feedback = format_ if format_.projector != "none" else None
-            made[name] = Case(thinking(tiny_folder, tmp_path_factory.mktemp("vllm"), name, feedback), name)
+            folder = thinking(tiny_folder, tmp_path_factory.mktemp("vllm"), name, feedback, tie=name in TIED)
+            made[name] = Case(folder, name)
         return made[name]
 
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +22,7 @@ from rl_lvr.rollout.vllm.history import History, Live
 from rl_lvr.rollout.vllm.prompts import collapse
 from rl_lvr.rollout.vllm.settings import LatentSettings, as_config
 from rl_lvr.rollout.vllm.slots import END, FED, FORCED, SLOT, START, SlotTables
-from rl_lvr.rollout.vllm.weights import Receipt, _buckets, checkpoint_weights
+from rl_lvr.rollout.vllm.weights import Receipt, _buckets, checkpoint_weights, fingerprint, head_columns, head_inputs
 from rl_lvr.rollout.vllm.wire import LatentArgs
 
 MARKERS = FormatIds(get_format("lvr", k=3), 7, 8, 9)
@@ -249,7 +250,38 @@ def test_weights_of_an_adapted_model_are_those_of_the_merged_one(load_tiny):
     assert whole.agrees(sent)
     assert not Receipt(sent.tensors - 1, sent.checksum, sent.rows).agrees(sent)
     assert not Receipt(sent.tensors, sent.checksum * 1.001, sent.rows).agrees(sent)
-    assert not Receipt(sent.tensors, sent.checksum, sent.rows * 1.001).agrees(sent)
+    assert not Receipt(sent.tensors, sent.checksum, sent.rows * 1.001, sent.head).agrees(sent)
+    assert sent.differences(Receipt(sent.tensors, sent.checksum, sent.rows, sent.head * 1.001)) == ["head"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_heads_fingerprint_is_that_of_its_products(load_tiny, dtype):
+    """Exactly, so that a step of 1e-6 shows in float32, and the smallest one that bfloat16 takes."""
+    model, _ = load_tiny("qwen2_5_vl", tie=True)
+    head, sent = model.get_output_embeddings(), Receipt()
+    for _ in checkpoint_weights(model, dtype, sent):
+        pass
+    weight = head.weight.detach().to(dtype)
+    assert fingerprint(torch.nn.functional.linear(head_inputs(64).to(dtype), weight)) == pytest.approx(sent.head, 1e-9)
+    signs = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)).sign()
+    changed = weight + 1e-6 * signs if dtype is torch.float32 else weight * (1 + signs / 128)
+    assert sent.differences(replace(sent, head=fingerprint(changed.T[head_columns(64)]))) == ["head"]
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_adapters_may_not_part_a_head_from_the_embedding_that_it_is_tied_to(load_tiny, both):
+    from peft import LoraConfig, get_peft_model
+
+    model, _ = load_tiny("qwen2_5_vl", tie=True)
+    untied, _ = load_tiny("qwen2_5_vl", tie=False)
+    config = {"r": 2, "init_lora_weights": False, "ensure_weight_tying": both, "target_modules": ["embed_tokens"]}
+    assert list(checkpoint_weights(get_peft_model(untied, LoraConfig(**config)), torch.float32, Receipt()))
+    named = checkpoint_weights(get_peft_model(model, LoraConfig(**config)), torch.float32, Receipt())
+    if both:
+        assert "lm_head.weight" not in dict(named)
+    else:
+        with pytest.raises(UserError, match="adapters change only one of the two"):
+            list(named)
 
 
 def test_an_altered_weight_or_one_that_did_not_come_is_noticed(load_tiny):
@@ -257,10 +289,10 @@ def test_an_altered_weight_or_one_that_did_not_come_is_noticed(load_tiny):
     sent, got = Receipt(), Receipt()
     for _, value in checkpoint_weights(model, torch.float32, sent):
         got.count(value)
-    got.rows = sent.rows
+    got.rows, got.head = sent.rows, sent.head
     assert got.agrees(sent)
     for name in ("model.language_model.layers.1.mlp.up_proj.weight", "lm_head.weight"):
-        altered = Receipt(rows=sent.rows)
+        altered = Receipt(rows=sent.rows, head=sent.head)
         for found, value in checkpoint_weights(model, torch.float32, Receipt()):
             altered.count(value * 1.01 if found == name else value)
         assert altered.tensors == sent.tensors

@@ -154,8 +154,9 @@ def test_a_server_that_fails_leaves_nothing_behind(load_tiny: Any, tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_weights_that_are_not_finite_are_not_sent(load_tiny: Any, tmp_path: Path) -> None:
-    model, _ = load_tiny("qwen2_5_vl")
+@pytest.mark.parametrize("tie", [False, True])
+def test_weights_that_are_not_finite_are_not_sent(load_tiny: Any, tmp_path: Path, tie: bool) -> None:
+    model, _ = load_tiny("qwen2_5_vl", tie=tie)
     with torch.no_grad():
         model.get_output_embeddings().weight[0, 0] = float("nan")
     with pytest.raises(UserError, match="not all finite"), written(model, torch.float32, tmp_path):

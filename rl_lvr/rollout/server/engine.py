@@ -21,7 +21,7 @@ from rl_lvr.rollout.server import protocol, weights
 from rl_lvr.rollout.types import Capability, Request, Rollout, Sampling, request_seeds
 from rl_lvr.rollout.vllm import calls
 from rl_lvr.rollout.vllm.settings import LatentSettings
-from rl_lvr.rollout.vllm.weights import Receipt
+from rl_lvr.rollout.vllm.weights import mismatch
 
 
 class ServerRolloutEngine:
@@ -185,10 +185,8 @@ class ServerRolloutEngine:
         def send() -> None:
             with weights.written(model, dtype, shared) as (name, sent):
                 (answer,) = self._ask("POST", protocol.WEIGHTS, [protocol.weights_to_json(name, sent)])
-            for rank, row in enumerate(answer["workers"]):
-                got = Receipt(*row)
-                if not sent.agrees(got):
-                    raise RuntimeError(f"worker {rank} did not take over the weights: sent {sent}, it has {got}.")
+            if (fault := mismatch(sent, answer["workers"])) is not None:
+                raise RuntimeError(f"{fault}.")
 
         weights.by_the_first(send, model)
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from functools import wraps
+from typing import Any
+
 import torch
+from torch import nn
 
 from rl_lvr.errors import UserError
 
@@ -16,6 +20,45 @@ def prepare(dtype: torch.dtype) -> None:
     topk_topp_sampler.HAS_TRITON = False
     qwen3_vl.HAS_TRITON = False
     allow_tiles(dtype)
+    watch_reloads()
+
+
+def watch_reloads() -> None:
+    """Complete every reload of weights with `repack`, also those that vLLM is asked for by others."""
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    original = GPUModelRunner.reload_weights
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @wraps(original)
+    def reload_weights(self: Any, *args: Any, **more: Any) -> None:
+        before = packed(self.model)
+        original(self, *args, **more)
+        repack(self.model, before)
+
+    GPUModelRunner.reload_weights = reload_weights
+
+
+def packed(model: nn.Module) -> dict[str, Any]:
+    """The product of every layer that vLLM runs on a packed copy of its weight, by the layer's name."""
+    products = {name: vars(layer).get("cpu_linear") for name, layer in model.named_modules()}
+    plain = (None, torch.nn.functional.linear)  # reads the weight itself
+    return {name: product for name, product in products.items() if product not in plain}
+
+
+def repack(model: nn.Module, before: dict[str, Any]) -> None:
+    """Pack the weights again that a reload has changed without that. `before`: `packed` before the reload.
+
+    vLLM packs what it loads. A tied output head loads nothing, as its weight is the embedding's.
+    """
+    for name, product in packed(model).items():
+        layer: Any = model.get_submodule(name)
+        if product is not before.get(name):
+            continue
+        if layer.weight.numel() == 0:
+            raise RuntimeError(f"no weights came for {name}, which still computes with its old ones.")
+        layer.quant_method.process_weights_after_loading(layer)
 
 
 def allow_tiles(dtype: torch.dtype) -> None:

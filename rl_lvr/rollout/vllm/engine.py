@@ -24,7 +24,7 @@ from rl_lvr.rollout.types import Capability, Request, Rollout, Sampling, request
 from rl_lvr.rollout.vllm import calls, guards, selftest
 from rl_lvr.rollout.vllm.colocated import beside_a_trainer, leave
 from rl_lvr.rollout.vllm.settings import MAX_LATENTS, as_config, settings_for_folder
-from rl_lvr.rollout.vllm.weights import Receipt, checkpoint_weights, write_files
+from rl_lvr.rollout.vllm.weights import Receipt, checkpoint_weights, mismatch, write_files
 from rl_lvr.rollout.vllm.worker import EXTENSION
 
 
@@ -204,10 +204,8 @@ class VLLMRolloutEngine:
             self.llm.llm_engine.reset_encoder_cache()
         if not emptied:
             raise RuntimeError("vLLM kept prefixes of the old weights: requests are still running.")
-        for rank, row in enumerate(rows):
-            got = Receipt(*row)
-            if not sent.agrees(got):
-                raise RuntimeError(f"worker {rank} did not take over the weights: sent {sent}, it has {got}.")
+        if (fault := mismatch(sent, rows)) is not None:
+            raise RuntimeError(f"{fault}.")
         self._fault = None
 
     def sleep(self, level: int = 1) -> None:

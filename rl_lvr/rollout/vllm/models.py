@@ -59,6 +59,11 @@ class LatentMixin:
         self.latent_hidden = hidden_states
         return super().compute_logits(hidden_states, *args, **more)  # type: ignore[misc]
 
+    def head_logits(self, hidden_states: Tensor) -> Tensor:
+        """[n, V] of hidden states [n, H] that belong to no request. All tensor-parallel ranks call it together."""
+        logits: Tensor = super().compute_logits(hidden_states)  # type: ignore[misc]
+        return logits
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Takes the feedback module's weights out of the stream: its top-level name is no part of the stock model."""
         ours: dict[str, Tensor] = {}

@@ -1,15 +1,16 @@
 """A trainer's weights into a running vLLM, and the proof that they arrived.
 
 Names are those of a saved checkpoint, which vLLM's own loaders understand. Under ZeRO-3 one bucket of weights at a
-time is gathered; adapters are merged one layer at a time. The receipt holds a checksum over what was loaded and the
-embedding rows that the engine now looks up.
+time is gathered; adapters are merged one layer at a time. The receipt holds a checksum over what was loaded, the
+embedding rows that the engine now looks up, and what its output head now computes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from rl_lvr.errors import UserError
 from rl_lvr.latents.inject import sharded, unwrapped
 
 PROBES = 16
-"""Embedding rows that are read back."""
+"""Embedding rows that are read back, and inputs that the output head is given."""
+HEAD = "lm_head.weight"
 BUCKET = 1 << 28
 """Bytes that are gathered or merged at a time; a single larger weight is a bucket of its own."""
 _PIECE = 1 << 24
@@ -36,6 +38,8 @@ class Receipt:
     """Sum over tensors of their mean absolute value, in float64."""
     rows: float = 0.0
     """The same of the first embedding rows, looked up through the model."""
+    head: float = 0.0
+    """The `fingerprint` of the output head's logits for `head_inputs`."""
 
     def count(self, value: Tensor) -> None:
         self.tensors += 1
@@ -45,13 +49,55 @@ class Receipt:
             self.checksum += float(total) / value.numel()
 
     def as_row(self) -> list[Any]:
-        return [self.tensors, self.checksum, self.rows]
+        return [self.tensors, self.checksum, self.rows, self.head]
 
     def agrees(self, other: Receipt) -> bool:
+        return not self.differences(other)
+
+    def differences(self, other: Receipt) -> list[str]:
+        """The names of the fields in which `other` differs by more than the rounding of a sum in float64."""
+
         def near(left: float, right: float) -> bool:
             return abs(left - right) <= 1e-6 * max(abs(left), abs(right), 1e-30)
 
-        return self.tensors == other.tensors and near(self.checksum, other.checksum) and near(self.rows, other.rows)
+        pairs = {field.name: (getattr(self, field.name), getattr(other, field.name)) for field in fields(self)}
+        return [name for name, (left, right) in pairs.items() if not near(left, right)]
+
+
+def mismatch(sent: Receipt, rows: Iterable[Sequence[Any]]) -> str | None:
+    """What the first worker did not take over, as a clause without its full stop. `rows`: each worker's `as_row`."""
+    for rank, row in enumerate(rows):
+        got = Receipt(*row)
+        names = sent.differences(got)
+        if names == ["head"]:
+            return (
+                f"worker {rank} did not take over the weights: its output head computes other logits than the "
+                f"trainer's (fingerprint {got.head:.9g}, expected {sent.head:.9g})"
+            )
+        if names:
+            return f"worker {rank} did not take over the weights: sent {sent}, it has {got}"
+    return None
+
+
+def head_columns(width: int) -> Tensor:
+    """[min(PROBES, width)], spread over the hidden size."""
+    count = min(PROBES, width)
+    return torch.arange(count) * width // count
+
+
+def head_inputs(width: int) -> Tensor:
+    """Unit vectors, [probes, width].
+
+    A head answers each with a column of its weight. That product has no rounding in any precision or kernel, so the
+    answers of an engine and a trainer can be held to equality.
+    """
+    return torch.nn.functional.one_hot(head_columns(width), width)
+
+
+def fingerprint(logits: Tensor) -> float:
+    """One number of logits [probes, V] that changes as much as they do, whatever the signs of the changes."""
+    probes, words = (torch.arange(1, size + 1, dtype=torch.float64, device=logits.device) for size in logits.shape)
+    return float((logits.double() * torch.outer(probes, words).cos()).mean())
 
 
 def load(runner: Any, weights: Iterable[tuple[str, Tensor]]) -> Receipt:
@@ -64,14 +110,29 @@ def load(runner: Any, weights: Iterable[tuple[str, Tensor]]) -> Receipt:
             yield name, value
 
     model = runner.model
-    if runner.device.type == "cpu":  # the CPU backend has repacked its weights: only the long way works
+    if runner.device.type == "cpu":  # weights are packed there: vLLM's reload does it, and `cpu.repack` what it leaves
         _reload(runner, counted())
     else:
         model.load_weights(counted())
     device = next(model.parameters()).device
     probes = model.embed_input_ids(torch.arange(PROBES, device=device))
     receipt.rows = float(probes.double().abs().mean())
+    with _exact(device):
+        receipt.head = fingerprint(model.head_logits(head_inputs(probes.shape[-1]).to(probes)))
     return receipt
+
+
+@contextmanager
+def _exact(device: torch.device) -> Iterator[None]:
+    """Products in full precision, whatever a trainer in this process has switched on."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def write_files(named: Iterable[tuple[str, Tensor]], folder: Path) -> None:
@@ -98,22 +159,39 @@ def checkpoint_weights(
 
     `dtype` is the engine's precision. Wrappers (DDP, DeepSpeed, PEFT, torch.compile) may be around the model. Adapters
     are merged in for the copy, and the model stays as it was, bit for bit. Under ZeRO-3 all ranks must read to the end.
+
+    Raises:
+        UserError: Adapters give the head of a tied model another weight than its embedding, which vLLM cannot hold.
     """
     base: Any = unwrapped(model)
     tied = base.config.get_text_config().tie_word_embeddings
-    embedding = base.get_input_embeddings().weight
+    embedding, looked_up = base.get_input_embeddings().weight, 0.0
     for units in _buckets(base, bucket):
         with _gathered([value for unit in units for value in unit.parameters]):
             for unit in units:
                 for name, value in unit.weights():
-                    if name == "lm_head.weight" and tied:
-                        continue
                     if value.numel() == 0:
                         raise UserError(f"{name} is not whole on this rank, and only ZeRO-3 can be gathered here.")
+                    if name == HEAD:
+                        receipt.head = _head(value, dtype)
+                        if tied and receipt.head != looked_up and math.isfinite(receipt.head):
+                            raise UserError(
+                                "the model ties its output head to its embedding, and its adapters change only one of "
+                                "the two, which vLLM cannot hold: take lm_head and embed_tokens out of the adapter, "
+                                "or use the engine hf."
+                            )
+                        if tied:
+                            continue
                     receipt.count(value)
                     if unit.holds(embedding):
                         receipt.rows = float(value[:PROBES].to(dtype).double().abs().mean())
+                        looked_up = _head(value, dtype)
                     yield _released(name, base.config), value
+
+
+def _head(weight: Tensor, dtype: torch.dtype) -> float:
+    """The fingerprint of a head with this weight [V, H], in an engine's precision."""
+    return fingerprint(weight[:, head_columns(weight.shape[1]).to(weight.device)].to(dtype).T)
 
 
 def take_part(model: nn.Module) -> None:
