@@ -123,7 +123,13 @@ def _parse(flags: Sequence[str]) -> Any:
     cli: Any = guards.home_of(guards.ARGUMENTS, "make_arg_parser")
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    arguments = cli.make_arg_parser(FlexibleArgumentParser(prog="rl-lvr serve")).parse_args(list(flags))
+    parser = cli.make_arg_parser(FlexibleArgumentParser(prog="rl-lvr serve"))
+    default = parser.get_default("gpu_memory_utilization")
+    parser.set_defaults(gpu_memory_utilization=None)
+    arguments = parser.parse_args(list(flags))
+    arguments.sized_by_user = arguments.gpu_memory_utilization is not None
+    if not arguments.sized_by_user:
+        arguments.gpu_memory_utilization = default
     try:
         cli.validate_parsed_serve_args(arguments)
     except (TypeError, ValueError) as error:
@@ -163,6 +169,7 @@ async def _run(arguments: Any, sock: socket.socket, shared: Path | None) -> int:
     from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
     from vllm.utils.system_utils import set_ulimit
 
+    from rl_lvr.rollout.vllm.starting import one_sentence
     from rl_lvr.serving.routes import attach
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -172,10 +179,11 @@ async def _run(arguments: Any, sock: socket.socket, shared: Path | None) -> int:
     set_ulimit()
     engine = await _engine(arguments, takes_weights=shared is not None)
     try:
-        tasks = await engine.get_supported_tasks()
-        app = build_app(arguments, tasks, engine.model_config)
-        await init_app_state(engine, app.state, arguments, tasks)
-        attach(app, shared)
+        with one_sentence(processes=False):
+            tasks = await engine.get_supported_tasks()
+            app = build_app(arguments, tasks, engine.model_config)
+            await init_app_state(engine, app.state, arguments, tasks)
+            attach(app, shared)
         sock.listen(2048)  # whoever connects from here on waits for uvicorn
         say(_ready(engine.settings.markers.format, arguments, time.monotonic() - began))
         log_config = get_uvicorn_log_config(arguments)
@@ -229,7 +237,8 @@ async def _engine(arguments: Any, *, takes_weights: bool) -> Any:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
 
-    from rl_lvr.rollout.vllm import guards
+    from rl_lvr.rollout.vllm import guards, memory
+    from rl_lvr.rollout.vllm.starting import one_sentence
     from rl_lvr.serving.engine import LatentAsyncLLM
 
     config = guards.engine_config(AsyncEngineArgs.from_cli_args(arguments), UsageContext.OPENAI_API_SERVER)
@@ -238,21 +247,23 @@ async def _engine(arguments: Any, *, takes_weights: bool) -> Any:
             f"a model in {config.model_config.quantization} cannot take a trainer's weights: leave --weights-folder "
             "out, or serve the model unquantized."
         )
+    if not arguments.sized_by_user and (size := memory.cache_size(config)) is not None:
+        config.cache_config.kv_cache_memory_bytes = size
+        say(f"the key-value cache takes {size / memory.GIB:.2f} GiB; --kv-cache-memory-bytes sets another size.")
     say("starting the engine and reading the weights; this takes seconds to minutes ...")
-    try:
+    with one_sentence(processes=True):
         engine = LatentAsyncLLM.from_vllm_config(
             config,
             usage_context=UsageContext.OPENAI_API_SERVER,
             enable_log_requests=arguments.enable_log_requests,
             disable_log_stats=arguments.disable_log_stats,
         )
-    except RuntimeError as error:  # vLLM's word for whatever went wrong in the engine's process
-        raise UserError("vLLM could not start with this model; its own message is above.") from error
     try:
-        await engine.reset_mm_cache()  # the dummy inputs of the start
-        await engine.status()
-        say("checking that latents reach the model ...")
-        await asyncio.to_thread(_self_test, engine, asyncio.get_running_loop())
+        with one_sentence(processes=False):
+            await engine.reset_mm_cache()  # the dummy inputs of the start
+            await engine.status()
+            say("checking that latents reach the model ...")
+            await asyncio.to_thread(_self_test, engine, asyncio.get_running_loop())
     except BaseException:
         engine.shutdown()
         raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -43,12 +44,15 @@ class Server:
         self.folder, self.log = folder, log
         flags = [word for name, value in FLAGS.items() for word in (f"--{name}", str(value))]
         command = [sys.executable, "-m", "rl_lvr.cli", "serve", str(folder), "--port", "0", "--enforce-eager", *flags]
+        # As users have it: what the cache takes is for the server to find out.
+        environment = {name: value for name, value in os.environ.items() if name != "VLLM_CPU_KVCACHE_SPACE"}
         with log.open("wb") as out:
             self.process = subprocess.Popen(
                 [*command, "--format", "lvr", "--k", "3", "--max-latents", str(ROOM), *more],
                 stdout=out,
                 stderr=out,
                 start_new_session=True,
+                env=environment,
             )
 
     def wait_for(self, words: str, seconds: float = 300) -> re.Match[str]:
@@ -78,6 +82,52 @@ class Server:
     def tables(self) -> dict[str, int]:
         (worker,) = httpx.get(self.url + protocol.STATUS, timeout=60).json()["workers"]
         return worker["tables"]
+
+
+CURL = """#!{python}
+import sys
+import httpx
+
+words, method, headers, body = iter(sys.argv[1:]), "GET", {{}}, None
+for word in words:
+    if word == "-H":
+        name, _, value = next(words).partition(":")
+        headers[name] = value.strip()
+    elif word == "-d":
+        method, body = "POST", next(words)
+        body = sys.stdin.read() if body == "@-" else body
+    elif word != "-sf":
+        url = word
+response = httpx.request(method, url, headers=headers, content=body, timeout=120)
+sys.stdout.write(response.text)
+sys.exit(0 if response.is_success else 22)
+"""
+"""What the documentation uses of curl, for machines that have none."""
+
+
+def documented(words: str) -> list[str]:
+    """The bash blocks of docs/serving.md that ask a server for `words`."""
+    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    return [block for block in blocks if "curl" in block and words in block]
+
+
+def run_documented(block: str, server: Server, folder: Path) -> list[dict[str, Any]]:
+    """What the lines of a block answer, in `folder`, with the address and the model of `server`."""
+    if shutil.which("curl") is None:
+        (folder / "curl").write_text(CURL.format(python=sys.executable))
+        (folder / "curl").chmod(0o755)
+    block = block.replace("http://127.0.0.1:8000", server.url).replace("runs/my-model", str(server.folder))
+    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    command = ["bash", "-o", "pipefail", "-ec", block]
+    done = subprocess.run(command, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+    answers, rest, decoder = [], done.stdout.strip(), json.JSONDecoder()
+    while rest:
+        answer, end = decoder.raw_decode(rest)
+        answers.append(answer)
+        rest = rest[end:].strip()
+    return answers
 
 
 def begin(server: Server, path: str, body: dict[str, Any]) -> socket.socket:

@@ -21,7 +21,19 @@ import torch
 from engine_cases import same
 from helpers import noise_image
 from safetensors.torch import load_file, save_file
-from serve_cases import CLOSE, FLAGS, GREEDY, LVR, ROOM, Server, begin, refusal, within
+from serve_cases import (
+    CLOSE,
+    FLAGS,
+    GREEDY,
+    LVR,
+    ROOM,
+    Server,
+    begin,
+    documented,
+    refusal,
+    run_documented,
+    within,
+)
 from vllm_cases import VLLMRig, opened, thinking
 
 from rl_lvr.errors import UserError
@@ -367,7 +379,48 @@ def test_a_killed_client_leaves_nothing(server: Server, rig: VLLMRig, engine: Se
     within(5, lambda: not any(server.tables().values()))  # far sooner than 200 tokens
 
 
+# ---- the documentation
+
+
+@pytest.mark.usefixtures("empty_afterwards")
+def test_every_curl_line_of_the_documentation_works(server: Server, tmp_path: Path) -> None:
+    noise_image(3, 56, 56).save(tmp_path / "picture.png")
+    blocks = [block for block in documented("") if protocol.WEIGHTS not in block]
+    answers = [run_documented(block, server, tmp_path) for block in blocks]
+    (models, status), chats, pictures, (off, plain), rollouts, with_picture = answers
+    assert models["data"][0]["id"] == str(server.folder)
+    assert status["ready"]
+    for told in (*chats, *pictures, plain):
+        assert told["choices"][0]["latents"]["width"] == 64
+    assert "latents" not in off["choices"][0]
+    assert pictures[0]["usage"]["prompt_tokens"] > chats[0]["usage"]["prompt_tokens"]
+    for (rollout,), (chat,) in ((rollouts, chats), (with_picture, pictures)):
+        assert len(rollout["prompt_token_ids"]) == chat["usage"]["prompt_tokens"]
+        assert rollout["finish_reason"] in ("length", "stop")
+
+
 # ---- how it starts and ends
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU only")
+def test_the_cache_has_a_size_that_fits(server: Server) -> None:
+    told = re.search(r"the key-value cache takes (\d+\.\d+) GiB; --kv-cache-memory-bytes", server.log.read_text())
+    assert told
+    assert 0 <= float(told[1]) < 0.1, "256 blocks of a tiny model"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU only")
+def test_a_size_that_does_not_fit_is_one_sentence(rig: VLLMRig, tmp_path: Path) -> None:
+    """The user's own wins, and vLLM's traceback is in a file."""
+    server = Server(rig.folder, tmp_path / "server.log", "--gpu-memory-utilization", "1.0")
+    assert server.process.wait(300) == 2
+    said = server.log.read_text()
+    assert "Traceback" not in said
+    told = re.search(r"rl-lvr: vLLM could not start: Available memory on node .* Its log is (\S+)\.\n$", said)
+    assert told, said
+    log = Path(told[1])
+    assert "Traceback" in log.read_text()
+    log.unlink()
 
 
 @pytest.mark.parametrize(

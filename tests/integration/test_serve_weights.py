@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from engine_cases import same
 from grpo_cases import logged, make_trainer
 from safetensors.torch import save_file
-from serve_cases import CLOSE, GREEDY, LVR, Server, begin, refusal, within
+from serve_cases import CLOSE, GREEDY, LVR, Server, begin, documented, refusal, run_documented, within
 from vllm_cases import VLLMRig, opened, thinking
 
 from rl_lvr.errors import UserError
@@ -188,6 +190,24 @@ def wrong_name(named: Iterator[Any]) -> Iterator[Any]:
 
 def without_the_last(named: Iterator[Any]) -> Iterator[Any]:
     yield from list(named)[:-1]
+
+
+def test_a_head_that_computes_something_else_is_refused(rig, server, shared, tmp_path):
+    """Weights that all came, and an output head that does not compute with them, as far as the server can see."""
+    sent = Receipt()
+    folder = shared / "other_head"
+    folder.mkdir()
+    write_files(checkpoint_weights(rig.model, torch.float32, sent), folder)
+    wrong = protocol.weights_to_json(folder.name, replace(sent, head=sent.head * 1.001))
+    assert "its output head computes other logits than the trainer's" in refusal(server.post(protocol.WEIGHTS, wrong))
+
+    folder.rename(shared / "step-100")
+    (line,) = documented(protocol.WEIGHTS)
+    for name, value in asdict(sent).items():
+        line, count = re.subn(rf'"{name}": [\d.]+', f'"{name}": {value!r}', line)
+        assert count == 1
+    (answer,) = run_documented(line, server, tmp_path)
+    assert sent.agrees(Receipt(*answer["workers"][0]))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rl_lvr.errors import UserError
-from rl_lvr.models.registry import family_class
+from rl_lvr.models import family_of
 from rl_lvr.training.config import LatentSFTConfig
 from rl_lvr.training.objectives import (
     CONTRAST_TEMPERATURE,
@@ -112,32 +112,27 @@ def test_objectives_are_parsed() -> None:
     assert parse_objective("nmse:1, infonce:0.1") == {"nmse": 1.0, "infonce": 0.1}
 
 
-FREEZE_BOTH = {"freeze_vision_tower": True, "freeze_merger": True}
-
-
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("trained", "settings", "words"),
     [
+        ("tower", {}, "nmse pulls .* the vision tower, .* Freeze tower .freeze_vision_tower in a recipe"),
+        ("merger", {}, "nmse pulls .* the vision merger, .* Freeze merger .freeze_merger in a recipe"),
         (
-            {"freeze_vision_tower": False},
-            "nmse pulls .* the vision tower, .* Freeze tower .freeze_vision_tower in a recipe",
+            "tower merger",
+            {"latent_objective": "cosine:1,infonce:0.1"},
+            "cosine and infonce pull .* tower and merger, .* .freeze_vision_tower, freeze_merger in a recipe",
         ),
-        ({"freeze_merger": False}, "nmse pulls .* the vision merger, .* Freeze merger .freeze_merger in"),
-        (
-            {"freeze_vision_tower": False, "freeze_merger": False, "latent_objective": "cosine:1,infonce:0.1"},
-            "cosine and infonce pulls? .* tower and merger, .* Freeze tower and merger .freeze_vision_tower, freeze_merger in",
-        ),
-        ({"freeze_vision_tower": False, "latent_weight": 0.0, "latent_weight_end": 1.0}, "nmse"),
-        ({}, None),
-        ({"freeze_vision_tower": False, "latent_objective": "contrast"}, None),
-        ({"freeze_vision_tower": False, "latent_objective": "nmse:0,contrast:1"}, None),
-        ({"freeze_vision_tower": False, "latent_weight": 0.0}, None),
+        ("tower", {"latent_weight": 0.0, "latent_weight_end": 1.0}, "nmse"),
+        ("", {}, None),
+        ("tower", {"latent_objective": "contrast"}, None),
+        ("tower", {"latent_objective": "nmse:0,contrast:1"}, None),
+        ("tower", {"latent_weight": 0.0}, None),
     ],
 )
-def test_targets_that_move_are_named_with_the_cure(load_tiny, tmp_path, settings, words) -> None:
+def test_targets_that_move_are_named_with_the_cure(load_tiny, tmp_path, trained, settings, words) -> None:
     model, _ = load_tiny("qwen2_5_vl")
-    family = family_class("qwen2_5_vl")(model.config)
-    config = LatentSFTConfig(output_dir=str(tmp_path), train_file="x.jsonl", use_cpu=True, **FREEZE_BOTH | settings)
-    freeze_vision(family, model, tower=config.freeze_vision_tower, merger=config.freeze_merger)
+    family = family_of(model)
+    freeze_vision(family, model, tower="tower" not in trained, merger="merger" not in trained)
+    config = LatentSFTConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
     told = moving_targets(config, family.vision_parameters(model))
     assert told is None if words is None else re.search(words, told or "")

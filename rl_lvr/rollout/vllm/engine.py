@@ -21,9 +21,10 @@ from rl_lvr.latents.inject import unwrapped
 from rl_lvr.models.loading import checkpoint_folder
 from rl_lvr.progress import task
 from rl_lvr.rollout.types import Capability, Request, Rollout, Sampling, request_seeds
-from rl_lvr.rollout.vllm import calls, guards, selftest
+from rl_lvr.rollout.vllm import calls, guards, memory, selftest
 from rl_lvr.rollout.vllm.colocated import beside_a_trainer, leave
 from rl_lvr.rollout.vllm.settings import MAX_LATENTS, as_config, settings_for_folder
+from rl_lvr.rollout.vllm.starting import one_sentence
 from rl_lvr.rollout.vllm.weights import Receipt, checkpoint_weights, mismatch, write_files
 from rl_lvr.rollout.vllm.worker import EXTENSION
 
@@ -91,7 +92,10 @@ class VLLMRolloutEngine:
             config = guards.engine_config(_engine_args(arguments), UsageContext.LLM_CLASS)
             if not guards.takes_weights(config):
                 self.capabilities -= {Capability.WEIGHTS}
-            self.llm = LLM(**arguments)
+            if not {"gpu_memory_utilization", "kv_cache_memory_bytes"} & arguments.keys():
+                arguments["kv_cache_memory_bytes"] = memory.cache_size(config)
+            with one_sentence(processes=not colocated):
+                self.llm = LLM(**arguments)
         guards.check_workers(self.llm.collective_rpc("latent_status"), self.markers)
         selftest.run(self.llm, self.settings)
 
