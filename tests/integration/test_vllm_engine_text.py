@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from engine_cases import GREEDY
-from vllm_cases import TEXT, VLLMRig
+from vllm_cases import LENGTH, TEXT, VLLMRig
 from vllm_conditions import latent_state
 from vllm_pairs import LONG, ROOM, SHORT, assert_parity, close, started
 
@@ -18,7 +18,7 @@ from rl_lvr.latents.feedback import attach_feedback
 from rl_lvr.rollout.hf import HFRolloutEngine
 from rl_lvr.rollout.replay import check_parity
 from rl_lvr.rollout.types import Capability
-from rl_lvr.rollout.vllm import cpu, guards, wire
+from rl_lvr.rollout.vllm import cpu, guards, memory, wire
 
 
 @pytest.fixture(scope="module")
@@ -173,11 +173,41 @@ def test_settings_that_cannot_be_are_refused_before_anything_starts(text, settin
         raise AssertionError("vLLM was started")
 
     monkeypatch.setattr(vllm, "LLM", start)
-    with pytest.raises(AssertionError, match="vLLM was started"):
+    with pytest.raises(UserError, match="could not start: AssertionError: vLLM was started"):
         text.rig.vllm(text.format)
     with pytest.raises(UserError, match=words) as told:
         text.rig.vllm(text.format, engine_args=settings)
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU only")
+def test_the_cache_has_a_size_that_fits_unless_the_user_gives_one(text, monkeypatch):
+    import vllm
+
+    class Started(BaseException):
+        pass
+
+    def size(free, **more):
+        def start(**arguments):
+            raise Started(arguments)
+
+        monkeypatch.setattr(memory, "free_per_worker", lambda workers: free)
+        monkeypatch.setattr(vllm, "LLM", start)
+        with pytest.raises(Started) as told:
+            text.rig.vllm(text.format, engine_args={"num_gpu_blocks_override": None, "block_size": 32}, **more)
+        return told.value.args[0].get("kv_cache_memory_bytes")
+
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
+    block = 2 * 2 * 32 * 32 * 4  # keys and values, layers, tokens, width of the one head, bytes
+    one = block * (LENGTH // 32 + 1)
+    assert size(1 << 40) == block * (8 * LENGTH // 32 + 1), "all that 8 requests can use"
+    weights = int(memory.OVERHEAD * 4 * sum(p.numel() for p in text.rig.model.parameters()))
+    assert one <= size(weights + one) <= size(weights + 3 * one) <= 2 * one
+    assert size(0, gpu_memory_utilization=0.5) is None
+    with pytest.raises(UserError, match="of cache for one request of 256 tokens, and 0 MiB are free"):
+        size(0)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    assert size(0) is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU only")
