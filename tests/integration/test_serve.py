@@ -441,7 +441,6 @@ def test_settings_that_cannot_be_are_refused(
         vllm_arguments(ServeOptions(str(rig.folder), **{"format": "lvr", **options}), flags, 8000)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU only")
 def test_weights_that_are_not_finite_are_not_served(rig: VLLMRig, tmp_path: Path) -> None:
     shutil.copytree(rig.folder, tmp_path / "model")
     file = tmp_path / "model" / "model.safetensors"
@@ -454,6 +453,7 @@ def test_weights_that_are_not_finite_are_not_served(rig: VLLMRig, tmp_path: Path
         VLLMRolloutEngine(tmp_path / "model", rig.processor, get_format("lvr"), max_model_len=64)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU only")
 def test_a_machine_that_runs_no_kernels_is_told_so(rig: VLLMRig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guards, "interpreted", lambda: False)  # Triton decides that once, on import
     with pytest.raises(UserError, match="set TRITON_INTERPRET=1 in the environment before the start"):
