@@ -39,6 +39,7 @@ def check_engine(name: str, options: Mapping[str, Any] | None, config: Any) -> d
             raise UserError(f"engine hf takes no engine_options ({next(iter(given))}): rollout_batch sets its rows.")
         if config.engine_sleep:
             raise UserError("engine_sleep is on, but the engine hf is the model itself: leave it out.")
+        refuse_length(config, "hf")
         return given
     _require_known(name, given, VLLM_OPTIONS)
     rows = config.per_device_train_batch_size * config.steps_per_generation
@@ -64,10 +65,20 @@ def check_engine(name: str, options: Mapping[str, Any] | None, config: Any) -> d
     return given
 
 
+def refuse_length(config: Any, engine: str) -> None:
+    """Refuse TRL's `vllm_max_model_length` with an engine that has no such limit."""
+    if config.vllm_max_model_length is not None:
+        raise UserError(
+            f"vllm_max_model_length is {config.vllm_max_model_length}, and only the engine vllm reads it, not {engine}"
+            ": leave it out."
+        )
+
+
 def _server_options(given: dict[str, Any], config: Any) -> dict[str, Any]:
     _require_known("server", given, SERVER_OPTIONS)
     if config.engine_sleep:
         raise UserError("engine_sleep is on, but a server does not sleep: leave it out.")
+    refuse_length(config, "server")
     if not given.get("weights_folder"):
         raise UserError(
             "engine server keeps the weights that it was started with, so the trainer would learn from rollouts of an "

@@ -31,6 +31,7 @@ from rl_lvr.rollout.hf import HFRolloutEngine
 from rl_lvr.rollout.record import FOLDER, RolloutLog
 from rl_lvr.rollout.types import Capability, RolloutEngine, Sampling, latent_batch
 from rl_lvr.signals import parse_signals
+from rl_lvr.training.engines import refuse_length
 from rl_lvr.training.grpo_checks import CheckedGRPO, check_settings, dropout_of, refuse_dropout
 from rl_lvr.training.grpo_columns import (
     again_of,
@@ -187,6 +188,8 @@ class LatentGRPOTrainer(CheckedGRPO):
                 f"the engine {type(engine).__name__} keeps the weights that it was started with, so the trainer would "
                 "learn from rollouts of an old model: use the engine vllm or hf, or server with a weights_folder."
             )
+        if isinstance(engine, HFRolloutEngine):
+            refuse_length(config, "hf")
         if isinstance(engine, HFRolloutEngine) and sharded(self.model) and not config.ds3_gather_for_generation:
             raise UserError(
                 "under ZeRO-3 the engine hf decodes on gathered weights: leave ds3_gather_for_generation on, or use "

@@ -41,7 +41,6 @@ WITH_LATENTS = ON_LATENTS | {
     "vllm_server_timeout": _ENGINE,
     "vllm_group_port": _ENGINE,
     "vllm_gpu_memory_utilization": _ENGINE,
-    "vllm_max_model_length": _ENGINE,
     "vllm_tensor_parallel_size": _ENGINE,
 }
 """Settings of TRL that cannot be used with a latent format, and why. They are refused, not ignored."""

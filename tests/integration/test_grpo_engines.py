@@ -52,7 +52,7 @@ def engine(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 def trained(folder: Path, out: Path, engine: Any = None, **changes: Any) -> Any:
     out.mkdir(exist_ok=True)
     rig = VLLMRig(folder)
-    more = RUN if engine is not None else RUN | {"engine_sleep": None}
+    more = RUN if engine is not None else RUN | {"engine_sleep": None, "vllm_max_model_length": None}
     trainer = make_trainer(rig.model, rig.processor, out, LVR, engine=engine, **{**more, **changes})
     trainer.train()
     return trainer

@@ -34,6 +34,8 @@ def test_vllm_takes_its_rows_and_its_length_from_the_run():
         ("jax", None, {}, "choose from hf, vllm, server"),
         ("hf", {"batch_size": 3}, {}, "rollout_batch sets its rows"),
         ("hf", None, {"engine_sleep": True}, "engine_sleep is on, but the engine hf"),
+        ("hf", None, {"vllm_max_model_length": 99}, "only the engine vllm reads it, not hf"),
+        ("server", None, {"vllm_max_model_length": 99}, "only the engine vllm reads it, not server"),
         ("vllm", {"max_model_length": 9}, {}, "no 'max_model_length'; did you mean 'max_model_len'"),
         ("vllm", {"colour": 9}, {}, "choose from max_model_len"),
         ("vllm", None, {}, r"lacks max_model_len.*max_completion_length \(50\)"),

@@ -68,7 +68,7 @@ SAME = {
     SFTConfig: {*OF_TRANSFORMERS.split(), *OF_SFT.split()},
 }
 REPLACED = {
-    GRPOConfig: {},
+    GRPOConfig: {"vllm_max_model_length": "max_model_len of the engine vllm; refused with other engines"},
     SFTConfig: {
         "prediction_loss_only": "true on records: logits are never kept",
         "remove_unused_columns": "false on records: the data set holds row numbers",
