@@ -340,3 +340,13 @@ def test_a_signal_gives_up_the_step_but_not_the_run(load_tiny: Any, tmp_path: Pa
     assert trainer.state.global_step == 2
     assert kept(tmp_path) == [2]
     assert issubclass(Abandoned, KeyboardInterrupt)
+
+
+def test_a_run_that_opens_no_spans_says_so_once(
+    load_tiny: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, processor = opening(load_tiny, times=0.0)  # START's logit is 0, far below the largest
+    make_trainer(model, processor, tmp_path, max_steps=3, temperature=0.2, max_completion_length=6).train()
+    said = [record.getMessage() for record in caplog.records if "starts a latent span" in record.getMessage()]
+    assert len(said) == 1
+    assert "never starts a latent span: latent/rate was 0 in 2 generation batches" in said[0]

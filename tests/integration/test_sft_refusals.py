@@ -107,3 +107,22 @@ def test_records_that_cannot_be_learned_from_are_refused(
     assert words in error
     assert records[5].id in error
     assert not (tmp_path / "out").exists()
+
+
+def test_an_eval_file_that_nothing_reads_is_only_warned_of(
+    place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = {"eval_file": place / "data" / "test.parquet", "max_steps": 1}
+    assert sft(place / "model", place / "data", tmp_path / "out", **given) == 0
+    said = [record.getMessage() for record in caplog.records if "eval_file" in record.getMessage()]
+    assert said == ["eval_file is set but nothing reads it: set latent_eval_steps or eval_strategy to evaluate."]
+
+
+def test_a_record_and_a_k_beyond_the_models_positions_are_refused(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for k, words in ((1_000_000, "k is 1000000: a span takes 1000002 tokens"), (4080, "and 4096 is the most in all")):
+        out = tmp_path / str(k)
+        assert sft(place / "model", place / "data", out, latent_k=k) == 2
+        assert words in capsys.readouterr().err
+        assert not out.exists()
