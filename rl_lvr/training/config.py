@@ -59,6 +59,20 @@ ARGUMENTS_WITH_RECORDS = {
     "formatting_func": "records are encoded as they are",
 }
 """The same for arguments of `SFTTrainer`."""
+WITHOUT_LATENTS = dict.fromkeys(
+    (
+        "latent_objective",
+        "latent_weight",
+        "latent_weight_end",
+        "latent_weight_schedule",
+        "latent_noise",
+        "own_latents",
+        "own_latents_start",
+        "own_latents_end",
+    ),
+    "there are no latents",
+)
+"""Settings of `LatentSFTConfig` that training without latents leaves nothing to read, and why."""
 WITHOUT_EFFECT = settings.WITHOUT_EFFECT | WITH_RECORDS | {"prediction_loss_only": "logits are never kept"}
 """What the command line refuses, whatever the value."""
 

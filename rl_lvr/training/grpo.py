@@ -32,7 +32,13 @@ from rl_lvr.rollout.record import FOLDER, RolloutLog
 from rl_lvr.rollout.types import Capability, RolloutEngine, Sampling, latent_batch
 from rl_lvr.signals import parse_signals
 from rl_lvr.training.engines import refuse_length
-from rl_lvr.training.grpo_checks import CheckedGRPO, check_settings, dropout_of, refuse_dropout
+from rl_lvr.training.grpo_checks import (
+    CheckedGRPO,
+    check_settings,
+    dropout_of,
+    refuse_dropout,
+    refuse_latent_settings,
+)
 from rl_lvr.training.grpo_columns import (
     again_of,
     has_span,
@@ -108,6 +114,7 @@ class LatentGRPOTrainer(CheckedGRPO):
         self.signals = parse_signals(signals_of(self.specs))
         self.markers: FormatIds | None = None
         if chosen is None:
+            refuse_latent_settings(config)
             self._without_latents(engine)
         else:
             refuse_arguments(

@@ -19,12 +19,12 @@ from rl_lvr.latents.text import ControlTokens
 from rl_lvr.rollout.replay import check_parity
 from rl_lvr.rollout.types import Sampling
 from rl_lvr.signals import between_samples, pooled
-from rl_lvr.training.faults import Unopened, agree
-from rl_lvr.training.grpo_config import WITH_LATENTS, LatentGRPOConfig
+from rl_lvr.training.faults import RULES, Unopened, agree
+from rl_lvr.training.grpo_config import WITH_LATENTS, WITHOUT_LATENTS, LatentGRPOConfig
 from rl_lvr.training.grpo_pass import own_latents
 from rl_lvr.training.grpo_phases import TimedGRPO
 from rl_lvr.training.grpo_turn import ROW_SHARE, Turn, replay_difference, require_agreement
-from rl_lvr.training.settings import WITH_FORMAT, refuse_unused
+from rl_lvr.training.settings import WITH_FORMAT, WITHOUT_FORMAT, refuse_unused
 
 PARITY_ROWS = 4
 RATIO_BAND = (0.9, 1.1)
@@ -207,6 +207,13 @@ class CheckedGRPO(TimedGRPO):
     def _add_max(self, mode: str, name: str, value: float) -> None:
         mine = torch.tensor([value], device=self.accelerator.device)
         self._metrics[mode][name].append(float(self.accelerator.gather(mine).max()))
+
+
+def refuse_latent_settings(args: LatentGRPOConfig) -> None:
+    """Refuse settings that a run without latents would not read."""
+    refuse_unused(args, WITHOUT_LATENTS, WITHOUT_FORMAT)
+    if args.on_rollout != RULES:
+        raise UserError(f"on_rollout cannot be used {WITHOUT_FORMAT} (rollouts are TRL's): leave it out.")
 
 
 def check_settings(args: LatentGRPOConfig, latent_format: LatentFormat, hidden_size: int) -> None:

@@ -50,6 +50,36 @@ ARGUMENTS_WITH_LATENTS = {
     "environment_factory": "it is TRL's own way to generate",
 }
 """The same for arguments of `GRPOTrainer`, beside `settings.ARGUMENTS_ON_LATENTS`."""
+_TRL = "TRL generates and scores by itself"
+WITHOUT_LATENTS = {
+    **dict.fromkeys(
+        (
+            "latent_policy",
+            "latent_sigma",
+            "latent_weight",
+            "latent_gradient_clip",
+            "latent_scale",
+            "latent_epsilon",
+            "latent_epsilon_high",
+        ),
+        "there are no latents",
+    ),
+    **dict.fromkeys(
+        (
+            "replay_tolerance",
+            "parity_check",
+            "engine_sleep",
+            "engine_retries",
+            "rollout_batch",
+            "scoring_batch",
+            "drop_idle_groups",
+            "record_rollouts",
+            "peak_tflops",
+        ),
+        _TRL,
+    ),
+}
+"""Settings of `LatentGRPOConfig` that training without latents leaves nothing to read, and why."""
 
 
 @dataclass

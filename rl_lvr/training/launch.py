@@ -17,8 +17,8 @@ from rl_lvr.data.encoding import Encoded, Encoder, LazyEncoded
 from rl_lvr.data.records import Records, load_records
 from rl_lvr.data.sources import locate
 from rl_lvr.training.conduct import Run, conduct
-from rl_lvr.training.config import WITHOUT_EFFECT, SFTRecipe
-from rl_lvr.training.settings import freeze_vision, read_eval_file
+from rl_lvr.training.config import WITHOUT_EFFECT, WITHOUT_LATENTS, SFTRecipe
+from rl_lvr.training.settings import WITHOUT_FORMAT, freeze_vision, read_eval_file, refuse_unused
 from rl_lvr.training.sft import LatentSFTTrainer
 from rl_lvr.training.start import (
     adapter_of,
@@ -33,6 +33,8 @@ from rl_lvr.training.start import (
 def train_sft(config: SFTRecipe, model_config: ModelConfig, given: dict[str, Any]) -> int:
     """Train as the recipe says; returns the exit code."""
     start = check_start(config, model_config, given, WITHOUT_EFFECT)
+    if start.latent_format is None:
+        refuse_unused(config, WITHOUT_LATENTS, WITHOUT_FORMAT)
     quiet.transformers()
     if config.threads:
         torch.set_num_threads(config.threads)

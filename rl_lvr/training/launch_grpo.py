@@ -22,7 +22,7 @@ from rl_lvr.signals import parse_signals
 from rl_lvr.training.conduct import Run, conduct
 from rl_lvr.training.engines import check_engine, make_engine
 from rl_lvr.training.grpo import LatentGRPOTrainer
-from rl_lvr.training.grpo_checks import check_settings, refuse_dropout
+from rl_lvr.training.grpo_checks import check_settings, refuse_dropout, refuse_latent_settings
 from rl_lvr.training.grpo_columns import require_columns
 from rl_lvr.training.grpo_recipe import WITHOUT_EFFECT, GRPORecipe
 from rl_lvr.training.rewarding.options import FROM_TRAINER
@@ -102,9 +102,11 @@ def _check_plan(config: GRPORecipe, specs: list[RewardSpec], chosen: LatentForma
     if chosen is not None:
         check_settings(config, chosen, encoder.family.hidden_size)
         check_engine(config.engine, cast("dict[str, Any] | None", config.engine_options), config)
-    elif signals:
+        return
+    refuse_latent_settings(config)
+    if signals:
         raise UserError(f"signal {signals[0].name!r} needs a latent format: leave its reward out.")
-    elif config.engine != "hf" or config.engine_options:
+    if config.engine != "hf" or config.engine_options:
         raise UserError("latent_format is none, and TRL generates by itself then: leave engine and its options out.")
 
 

@@ -19,6 +19,7 @@ from rl_lvr.latents.interventions import Intervention
 from rl_lvr.models import Family
 
 WITH_FORMAT = "with a latent format"
+WITHOUT_FORMAT = "without a latent format"
 EVAL_CONDITIONS = tuple(
     c.value
     for c in (
@@ -50,6 +51,11 @@ ON_LATENTS = {
     "torch_compile": "a compiled model does not look its embeddings up where latents enter",
 }
 """Settings of transformers that no training with latents supports, and why. They are refused at construction."""
+RUN_WITHOUT_LATENTS = {
+    "add_marker_tokens": "there are no markers",
+    "oracle": "there are no latents",
+}
+"""Settings of `RunSettings` that a run without latents leaves nothing to read, and why."""
 ARGUMENTS_ON_LATENTS = {"quantization_config": "the engine's latents would differ from those of a quantised trainer"}
 """The same for arguments of TRL's trainers."""
 

@@ -30,10 +30,16 @@ from rl_lvr.latents.inject import inject, unwrapped
 from rl_lvr.latents.spans import span_masks
 from rl_lvr.models import family_of
 from rl_lvr.rollout.forward import evaluating
-from rl_lvr.training.config import ARGUMENTS_WITH_RECORDS, ON_RECORDS, WITH_RECORDS, LatentSFTConfig
+from rl_lvr.training.config import (
+    ARGUMENTS_WITH_RECORDS,
+    ON_RECORDS,
+    WITH_RECORDS,
+    WITHOUT_LATENTS,
+    LatentSFTConfig,
+)
 from rl_lvr.training.objectives import LatentPairs, latent_objective, moving_targets
 from rl_lvr.training.resuming import Moment, Resumable
-from rl_lvr.training.settings import ON_LATENTS, WITH_FORMAT, refuse_unused
+from rl_lvr.training.settings import ON_LATENTS, WITH_FORMAT, WITHOUT_FORMAT, refuse_unused
 from rl_lvr.training.trl_arguments import (
     STORED,
     adapter_with_feedback,
@@ -96,6 +102,8 @@ class LatentSFTTrainer(Resumable, SFTTrainer):
             args = SFTConfig(**{**args.to_dict(), "hub_token": args.hub_token})  # as TRL does
         config = config_of(args, LatentSFTConfig, SFTConfig, f"{name_of(model).split('/')[-1]}-SFT")
         chosen = format_of(model, latent_format)
+        if chosen is None:
+            refuse_unused(config, WITHOUT_LATENTS, WITHOUT_FORMAT)
         self.markers: FormatIds | None = None
         self._on_records = chosen is not None or isinstance(train_dataset, Sequence)
         arguments = {

@@ -30,7 +30,7 @@ from rl_lvr.models.loading import checkpoint_folder
 from rl_lvr.training.callbacks import StopAt
 from rl_lvr.training.resuming import require_format
 from rl_lvr.training.run import open_run
-from rl_lvr.training.settings import evaluates
+from rl_lvr.training.settings import RUN_WITHOUT_LATENTS, WITHOUT_FORMAT, evaluates, refuse_unused
 
 _log = logging.getLogger(__name__)
 GATHER = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
@@ -74,6 +74,8 @@ def check_start(
         StopAt(config.stop_at)  # refuses a rule that it cannot read
     checkpoint = open_run(config.output_dir, config.resume_from_checkpoint, config.overwrite)
     chosen = config.format_of(LatentFormat.load(path), path)
+    if chosen is None:
+        refuse_unused(config, RUN_WITHOUT_LATENTS, WITHOUT_FORMAT)
     if checkpoint is not None:
         require_format(checkpoint, chosen)
     return Start(path, checkpoint, chosen)

@@ -37,6 +37,8 @@ def test_the_format_goes_with_the_checkpoint_and_disagreement_is_refused(
         ({"latent_k": 0}, "k is 0"),
         ({"latent_k": 4}, "cannot share 3 targets evenly"),
         ({"latent_format": "none"}, "latent_k is set"),
+        ({"latent_format": "none", "latent_k": None, "own_latents": 0.5}, "own_latents cannot be used without"),
+        ({"latent_format": "none", "latent_k": None, "oracle": "crop"}, "oracle cannot be used without"),
         ({"model_name_or_path": "nowhere"}, "nowhere"),
         ({"train_file": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"stop_at": "loss"}, "stop_at"),

@@ -11,7 +11,8 @@ import pytest
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from rl_lvr.errors import UserError
-from rl_lvr.training import settings
+from rl_lvr.training import config as config_module
+from rl_lvr.training import grpo_config, settings
 from rl_lvr.training.config import ARGUMENTS_WITH_RECORDS, ON_RECORDS, WITH_RECORDS, LatentSFTConfig
 from rl_lvr.training.grpo import LatentGRPOTrainer
 from rl_lvr.training.grpo_config import ARGUMENTS_WITH_LATENTS, WITH_LATENTS, LatentGRPOConfig
@@ -136,6 +137,27 @@ def test_a_refused_setting_is_named_and_its_default_passes(tmp_path: Path, kind:
         setattr(config, name, changed(each, name))
         with pytest.raises(UserError, match=rf"^{name} cannot be used here \(.+\): leave it out\.$"):
             refuse_unused(config, REFUSED[kind], "here")
+
+
+@pytest.mark.parametrize("trainer", [LatentGRPOTrainer, LatentSFTTrainer])
+def test_settings_of_latents_are_refused_without_latents(tmp_path: Path, trainer: type) -> None:
+    """Before the model is read. Every field that a config adds to TRL's has a row, or a meaning without latents too."""
+    grpo = trainer is LatentGRPOTrainer
+    kind: Any = LatentGRPOConfig if grpo else LatentSFTConfig
+    table = grpo_config.WITHOUT_LATENTS if grpo else config_module.WITHOUT_LATENTS
+    added = {entry.name for entry in fields(kind)} - {entry.name for entry in fields(GRPOConfig if grpo else SFTConfig)}
+    assert added - set(table) <= {"on_nan_loss", "on_rollout", "max_idle_steps"}
+    cases = [(name, changed(kind, name)) for name in table] + [("on_rollout", {"empty": "keep"})] * grpo
+    rewards = {"reward_funcs": len} if grpo else {}
+    for name, value in cases:
+        config = kind(str(tmp_path), use_cpu=True, bf16=False)
+        setattr(config, name, value)
+        with pytest.raises(UserError, match=rf"^{name} cannot be used without a latent format \(.+\): leave it out\.$"):
+            trainer(str(tmp_path / "nowhere"), args=config, latent_format=None, **rewards)
+    with pytest.raises(Exception, match=r"nowhere|train_dataset"):  # the control: defaults get further
+        trainer(
+            str(tmp_path / "nowhere"), args=kind(str(tmp_path), use_cpu=True, bf16=False), latent_format=None, **rewards
+        )
 
 
 @pytest.mark.parametrize("kind", [GRPOTrainer, SFTTrainer])
