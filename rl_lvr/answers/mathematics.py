@@ -1,6 +1,6 @@
 """Whether two LaTeX expressions are equal, by math-verify in a process of its own.
 
-An expression such as 9^{9^{9^9}} can occupy a computer algebra system for ever, and no thread can be stopped. So the
+An expression such as 9^{9^{9^9}} can occupy a computer algebra system forever, and no thread can be stopped. So the
 checker is a child process (math_worker.py) that is ended and started anew when it takes too long.
 """
 

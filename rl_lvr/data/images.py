@@ -110,7 +110,7 @@ class ImageRef:
             return path.read_bytes()
         except OSError as error:
             raise ImageError(
-                f"image file {self.name!r} cannot be read ({error.strerror})", "mend its permissions"
+                f"image file {self.name!r} cannot be read ({error.strerror})", "correct its permissions"
             ) from error
 
     @contextmanager

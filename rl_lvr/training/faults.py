@@ -171,8 +171,10 @@ def agreed(
 
 
 def watched(reward: Callable[..., Any], errors: list[Exception]) -> Callable[..., Any]:
-    """A reward whose exceptions wait in `errors` until all processes can hear of them. What it is given is its own: one
-    that a guard has wrapped gets that from there."""
+    """A reward whose exceptions wait in `errors` until all processes can agree on them.
+
+    It is given its own copies of its arguments, unless a guard around it sees to that.
+    """
     own = dict if hasattr(reward, "guarded_reward") else isolated
 
     def failed(error: Exception, columns: dict[str, Any]) -> list[None]:

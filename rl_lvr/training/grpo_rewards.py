@@ -46,7 +46,7 @@ class RewardedGRPO(GuardedGRPO):
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: Any, completions: Any, completion_ids_list: Any
     ) -> Tensor:
-        """The parent's [B of all processes, R], or the error that some process heard from a reward."""
+        """The parent's [B of all processes, R], or the error that a reward raised in some process."""
         rows = self._with_texts(inputs, completion_ids_list)
         rewards = self._without_errors(super()._calculate_rewards(rows, prompts, completions, completion_ids_list))
         self._share_states()

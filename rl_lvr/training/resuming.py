@@ -344,7 +344,7 @@ class Resumable(Trainer):
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
-        """TRL's says nothing of latents, and of a base model in a folder "None"."""
+        """TRL's card does not mention latents, and calls a base model in a local folder "None"."""
         if self.is_world_process_zero():
             more = [tags] if isinstance(tags, str) else tags or []
             card_of(self, model_name, dataset_name, more).save(Path(self.args.output_dir))

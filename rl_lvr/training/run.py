@@ -34,7 +34,7 @@ PACKAGES = (
 
 @contextmanager
 def run_held(output_dir: str, what: str) -> Iterator[None]:
-    """Let no other run write into `output_dir` meanwhile. The main process holds it, and all hear of a refusal."""
+    """Let no other run write into `output_dir` meanwhile. The main process holds it; a refusal ends all processes."""
     with ExitStack() as stack:
         from_main(lambda: stack.enter_context(folder_held(Path(output_dir), what)))
         yield

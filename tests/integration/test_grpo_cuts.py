@@ -27,7 +27,7 @@ WARNING = "the mean importance ratio"
 
 
 class AfterTheCut(LatentGRPOTrainer):
-    """An engine that says nothing of its cut: the log-probs of the draw pass for those of the whole softmax."""
+    """An engine that does not report its cut: the log-probs of the draw pass for those of the whole softmax."""
 
     def _rollouts(self, *args: Any) -> Any:
         return [replace(rollout, uncut=None) for rollout in super()._rollouts(*args)]

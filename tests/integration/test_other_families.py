@@ -1,4 +1,4 @@
-"""Training without latents works for models of families that rl_lvr knows nothing of, resumption and best model too."""
+"""Training without latents works for models of families unknown to rl_lvr, with resumption and the best model."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def trainer_with(load_tiny: Any, folder: Path, faulty: dict[str, Any]) -> Latent
 @pytest.mark.parametrize("name", FAULTS)
 def test_it_stops_the_run_with_a_checkpoint(load_tiny: Any, tmp_path: Path, name: str) -> None:
     trainer = trainer_with(load_tiny, tmp_path, {"name": name, "timeout": 2})
-    with pytest.raises(RewardError, match=f"reward '{name}' {FAULTS[name]}: mend it"):
+    with pytest.raises(RewardError, match=f"reward '{name}' {FAULTS[name]}: fix it"):
         trainer.train()
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     assert checkpoint.name == "checkpoint-1"

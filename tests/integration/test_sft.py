@@ -58,7 +58,7 @@ def test_adapters_train_alone_and_keep_off_the_vision_tower(place: Path, tmp_pat
 
 
 def assert_sound_card(folder: Path, place: Path, library: str) -> None:
-    """Of a model of `place`, with nothing of this machine in it."""
+    """Of a model of `place`, without a path of this machine in it."""
     card = ModelCard.load(folder / "README.md")
     assert (card.data.base_model, card.data.library_name) == ("model", library)
     assert {"rl-lvr", "trl", "sft"} <= set(card.data.tags)

@@ -1,4 +1,4 @@
-"""The model card of a run: it names what others can know, and nothing of this machine."""
+"""The model card of a run: it names what others can know, and no path of this machine."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ def asked_by_two(rank: int, port: int, place: Path, results: Any) -> None:
 def test_all_processes_ask_again_where_one_has_to(tmp_path: Path) -> None:
     """An engine that takes over weights under ZeRO-3 gathers them: who asks alone waits for the others.
 
-    They also hear together of a folder that another run holds, and of what else goes wrong in the main process.
+    A folder that another run holds, and any other failure of the main process, also stops them together.
     """
     forked = torch.multiprocessing.get_context("fork")
     with socket.socket() as found:

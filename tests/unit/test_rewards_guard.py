@@ -45,7 +45,7 @@ BAD_VALUES = [float("nan"), float("inf"), "1.0", [1.0], torch.tensor([1.0, 2.0])
 
 @pytest.mark.parametrize("value", BAD_VALUES, ids=[type(v).__name__ + str(i) for i, v in enumerate(BAD_VALUES)])
 def test_a_bad_value_names_its_sample_or_is_excluded_alone(value) -> None:
-    with pytest.raises(RewardError, match=r"reward 'mine' returned .* on sample 1 of the batch: mend it") as caught:
+    with pytest.raises(RewardError, match=r"reward 'mine' returned .* on sample 1 of the batch: fix it") as caught:
         call(per_sample(value))
     assert (caught.value.reward, caught.value.sample) == ("mine", 1)
     assert call(per_sample(value), on_error="exclude") == ([1, None, 1], {"rewards/mine/excluded": 1})
@@ -191,7 +191,7 @@ def test_async_rewards() -> None:
     assert len(set(calls)) == 1  # one event loop for all calls: clients belong to one
 
     calls.clear()
-    with pytest.raises(RewardError, match=r"raised ValueError \(down\) at test_rewards_guard.py:\d+: mend it"):
+    with pytest.raises(RewardError, match=r"raised ValueError \(down\) at test_rewards_guard.py:\d+: fix it"):
         call(bad)
     assert len(calls) == 1  # not called again for each row
     assert call(bad, on_error="exclude")[0] == [None] * 3

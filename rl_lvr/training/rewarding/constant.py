@@ -56,7 +56,7 @@ class Constant:
         shown = "; ".join(f"{argument} = {shortened(v)} ({type(v).__name__})" for argument, v in given.items())
         return (
             f"reward {name!r} {gave} the {self.completions} completions of {batches}, so nothing is learned from it. "
-            f"For one completion it was given {shown or 'no argument'}. If that is not what it reads, mend it and try "
+            f"For one completion it was given {shown or 'no argument'}. If that is not what it reads, fix it and try "
             "it with rl-lvr rewards test (docs/rewards.md)."
         )
 

@@ -38,7 +38,7 @@ class RewardError(Fault):
     def __init__(self, reward: str, problem: str, sample: int | None = None) -> None:
         at = "" if sample is None else f" on sample {sample} of the batch"
         super().__init__(
-            f"reward {reward!r} {problem}{at}: mend it, or set on_error: exclude to leave such samples out."
+            f"reward {reward!r} {problem}{at}: fix it, or set on_error: exclude to leave such samples out."
         )
         self.reward, self.sample = reward, sample
 
