@@ -115,7 +115,7 @@ class LatentSFTTrainer(Resumable, SFTTrainer):
         }
         if self._on_records:
             refuse_arguments(ARGUMENTS_WITH_RECORDS, ON_RECORDS, **arguments)
-            refuse_unused(config, WITH_RECORDS, ON_RECORDS)
+            refuse_unused(args or config, WITH_RECORDS, ON_RECORDS)  # by the defaults of the class that was given
             if chosen is not None:
                 refuse_unused(config, ON_LATENTS, WITH_FORMAT)
             _require_records("train_dataset", train_dataset)
