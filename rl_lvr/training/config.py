@@ -73,6 +73,8 @@ WITHOUT_LATENTS = dict.fromkeys(
     "there are no latents",
 )
 """Settings of `LatentSFTConfig` that training without latents leaves nothing to read, and why."""
+OF_RAMP = dict.fromkeys(("own_latents_start", "own_latents_end"), "there is no ramp")
+"""Settings of `LatentSFTConfig` that only own latents read."""
 WITHOUT_EFFECT = settings.WITHOUT_EFFECT | WITH_RECORDS | {"prediction_loss_only": "logits are never kept"}
 """What the command line refuses, whatever the value."""
 
@@ -124,6 +126,8 @@ class LatentSFTConfig(LossSettings, Defaults, SFTConfig):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be between 0 and 1.")
         require_at_least(self, 0, "latent_noise", "latent_weight", "latent_weight_end", "label_smoothing_factor")
+        if not self.own_latents:
+            refuse_unused(self, OF_RAMP, "while own_latents is 0")
         self.objective = parse_objective(self.latent_objective)
 
     def weight_at(self, progress: float) -> float:

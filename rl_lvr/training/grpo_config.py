@@ -10,7 +10,15 @@ from trl import GRPOConfig
 from rl_lvr.errors import UserError, near_miss
 from rl_lvr.latents.density import Law
 from rl_lvr.training.faults import RolloutSettings
-from rl_lvr.training.settings import CHOICES, ON_LATENTS, Defaults, require_finite, require_words, settle_device
+from rl_lvr.training.settings import (
+    CHOICES,
+    ON_LATENTS,
+    Defaults,
+    refuse_unused,
+    require_finite,
+    require_words,
+    settle_device,
+)
 
 TRL_CHOICES: dict[str, tuple[Any, ...]] = {
     "loss_type": ("grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"),
@@ -80,6 +88,11 @@ WITHOUT_LATENTS = {
     ),
 }
 """Settings of `LatentGRPOConfig` that training without latents leaves nothing to read, and why."""
+OF_DENSITIES = dict.fromkeys(
+    ("latent_weight", "latent_scale", "latent_epsilon", "latent_epsilon_high"), "latents have no loss of their own"
+)
+"""Settings that a policy without a density of latents leaves nothing to read, and why."""
+OF_UNROLLED = {"latent_gradient_clip": "no gradient flows along the latents"}
 
 
 @dataclass
@@ -189,6 +202,10 @@ class LatentGRPOConfig(RolloutSettings, Defaults, GRPOConfig):
             )
         if self.latent_gradient_clip is not None and not self.latent_gradient_clip > 0:
             raise UserError(f"latent_gradient_clip is {self.latent_gradient_clip}; it must be above 0.")
+        if self.law is None:
+            refuse_unused(self, OF_DENSITIES, f"with latent_policy {self.latent_policy}")
+        if self.latent_policy != "unrolled":
+            refuse_unused(self, OF_UNROLLED, f"with latent_policy {self.latent_policy}")
         if self.latent_policy == "unrolled" and self.gradient_checkpointing:
             raise UserError(
                 "latent_policy unrolled computes latents with a key-value cache that carries gradients, and "

@@ -33,6 +33,8 @@ EVAL_CONDITIONS = tuple(
     )
 )
 WITHOUT_EFFECT = {
+    "bnb_4bit_quant_storage": "quantised training is not supported",
+    "bnb_4bit_quant_type": "quantised training is not supported",
     "chat_template_path": "put the template into the model's folder",
     "eos_token": "set it in the tokenizer",
     "label_names": "there is one kind of label",
@@ -42,6 +44,7 @@ WITHOUT_EFFECT = {
     "model_revision": "models are read from disk: name the folder of the revision",
     "remove_unused_columns": "the data set holds row numbers",
     "train_sampling_strategy": "the order is random",
+    "use_bnb_nested_quant": "quantised training is not supported",
 }
 """Settings of TRL and transformers that no verb can honour, and why. They are refused, not ignored."""
 
@@ -51,6 +54,21 @@ ON_LATENTS = {
     "torch_compile": "a compiled model does not look its embeddings up where latents enter",
 }
 """Settings of transformers that no training with latents supports, and why. They are refused at construction."""
+OF_ADAPTERS = dict.fromkeys(
+    (
+        "lora_r",
+        "lora_alpha",
+        "lora_dropout",
+        "lora_target_modules",
+        "lora_target_parameters",
+        "lora_modules_to_save",
+        "lora_task_type",
+        "use_rslora",
+        "use_dora",
+    ),
+    "there is no adapter",
+)
+"""Settings of `ModelConfig` that only `use_peft` reads."""
 RUN_WITHOUT_LATENTS = {
     "add_marker_tokens": "there are no markers",
     "oracle": "there are no latents",

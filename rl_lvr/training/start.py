@@ -30,7 +30,7 @@ from rl_lvr.models.loading import checkpoint_folder
 from rl_lvr.training.callbacks import StopAt
 from rl_lvr.training.resuming import require_format
 from rl_lvr.training.run import open_run
-from rl_lvr.training.settings import RUN_WITHOUT_LATENTS, WITHOUT_FORMAT, evaluates, refuse_unused
+from rl_lvr.training.settings import OF_ADAPTERS, RUN_WITHOUT_LATENTS, WITHOUT_FORMAT, evaluates, refuse_unused
 
 _log = logging.getLogger(__name__)
 GATHER = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
@@ -58,6 +58,8 @@ def check_start(
     for name, why in without_effect.items():
         if given.get(name) not in (None, False, "false"):
             raise UserError(f"{name} has no effect here ({why}): leave it out.")
+    if not model_config.use_peft:
+        refuse_unused(model_config, OF_ADAPTERS, "while use_peft is false")
     if model_config.use_peft and not (config.freeze_vision_tower and config.freeze_merger):
         raise UserError("adapters leave the vision parts frozen: leave freeze_vision_tower and freeze_merger on.")
     if config.eval_file is not None and not evaluates(config) and config.process_index == 0:

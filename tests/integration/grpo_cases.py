@@ -113,6 +113,8 @@ def make_trainer(
     """`changes` are settings, `given` further arguments of the trainer."""
     policy = changes.get("latent_policy", "context")
     changes.setdefault("latent_sigma", SIGMAS.get(policy, 0.0))
+    if latent_format is None:
+        changes.setdefault("on_rollout", None)
     trainer = kind(
         model,
         rewards(folder, *reward_names) if reward_funcs is None else reward_funcs,

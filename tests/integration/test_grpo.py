@@ -228,6 +228,12 @@ def test_nothing_is_left_on_the_head(load_tiny: Any, tmp_path: Path) -> None:
         ({"replay_tolerance": 0.0}, "above 0"),
         ({"latent_policy": "unrolled", "latent_gradient_clip": 0.0}, "latent_gradient_clip is 0.0; it must be above 0"),
         ({"rollout_batch": 0}, "at least 1"),
+        ({"latent_weight": 2.0}, "latent_weight cannot be used with latent_policy context"),
+        (
+            {"latent_policy": "unrolled", "latent_epsilon": 0.1},
+            "latent_epsilon cannot be used with latent_policy un",
+        ),
+        ({"latent_gradient_clip": 1.0}, "latent_gradient_clip cannot be used with latent_policy context"),
     ],
 )
 def test_settings_are_checked(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -45,6 +45,8 @@ def test_the_format_goes_with_the_checkpoint_and_disagreement_is_refused(
         ({"packing": True}, "packing cannot be used on records"),
         ({"max_length": 64}, "max_length cannot be used on records"),
         ({"load_in_4bit": True}, "load_in_4bit has no effect here"),
+        ({"lora_r": 4}, "lora_r cannot be used while use_peft is false"),
+        ({"own_latents_end": 0.5}, "own_latents_end cannot be used while own_latents is 0"),
         ({"use_peft": True, "lora_target_modules": "lm_head"}, "lm_head"),
         ({"use_peft": True, "freeze_merger": False}, "vision parts frozen"),
         ({"resume_from_checkpoint": "latest"}, "nothing to resume"),
