@@ -4,7 +4,7 @@ SEEDS ?= 1
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo bench-gpu lint clean
+.PHONY: help setup test test-long demo bench-gpu lint clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
@@ -14,8 +14,13 @@ setup: ## create or refresh .venv (nothing to do: well under two seconds)
 	@$(PYTHON) tools/setup.py
 
 # Two files at a time; with more threads each than there are cores, both would stall.
-test: setup ## set up, then run every test that this machine can run
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
+
+test: setup ## set up, then run the tests that this machine can run, all but the long ones
+	@$(PYTEST) -m "not long"
+
+test-long: setup ## set up, then run the long tests
+	@$(PYTEST) -m long
 
 demo: setup ## set up, then train and examine the lab's tiny models, GRPO last; SEEDS=3 for three seeds
 	@$(BIN)/rl-lvr lab demo --out runs/demo --seeds $(SEEDS)

@@ -6,6 +6,7 @@ operation would wait for ever. Faults inside a reward are dealt with in `rewardi
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import time
@@ -176,6 +177,7 @@ def watched(reward: Callable[..., Any], errors: list[Exception]) -> Callable[...
     It is given its own copies of its arguments, unless a guard around it sees to that.
     """
     own = dict if hasattr(reward, "guarded_reward") else isolated
+    named = functools.wraps(reward)
 
     def failed(error: Exception, columns: dict[str, Any]) -> list[None]:
         errors.append(error)
@@ -183,6 +185,7 @@ def watched(reward: Callable[..., Any], errors: list[Exception]) -> Callable[...
 
     if is_async_callable(reward):
 
+        @named
         async def call_async(**columns: Any) -> Any:
             try:
                 return await reward(**own(columns))
@@ -191,6 +194,7 @@ def watched(reward: Callable[..., Any], errors: list[Exception]) -> Callable[...
 
         return call_async
 
+    @named
     def call(**columns: Any) -> Any:
         try:
             return reward(**own(columns))

@@ -124,6 +124,7 @@ def test_two_processes_learn_as_one(runs: Path, name: str) -> None:
     as_one(runs, name)
 
 
+@pytest.mark.long
 def test_offloading_learns_as_one(offloaded: Path) -> None:
     as_one(offloaded, "zero3_offload")
 

@@ -59,9 +59,7 @@ def own(monkeypatch: pytest.MonkeyPatch) -> None:
 def train(load_tiny: Any, folder: Path, *names: str, latents: bool = True) -> Any:
     folder.mkdir()
     model, processor = opening(load_tiny)
-    trainer = make_trainer(
-        model, processor, folder, LVR if latents else None, reward_names=names, max_steps=3, parity_check=False
-    )
+    trainer = make_trainer(model, processor, folder, LVR if latents else None, reward_names=names, max_steps=3)
     trainer.train()
     trainer.save_model(str(folder / "model"))
     return trainer

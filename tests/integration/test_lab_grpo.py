@@ -82,7 +82,7 @@ def lab(out: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_short_run_has_every_figure_and_a_second_one_repeats_nothing(tmp_path: Path) -> None:
     out = tmp_path / "lab-grpo"

@@ -44,9 +44,9 @@ class Sharp:
         return [-self.scale * value for value in latent_entropy]
 
 
-def brevity(completions, *, best: int = 5, **_):
+def brevity(texts, *, best: int = 5, **_):
     """1 for the wanted number of characters, falling to 0."""
-    return [max(0.0, 1 - abs(len(c) - best) / best) for c in completions]
+    return [max(0.0, 1 - abs(len(text) - best) / best) for text in texts]
 '''
 RECIPE = """
 rewards:
@@ -75,7 +75,7 @@ def test_a_recipe_uses_it(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     brevity, sharp = specs = load_rewards(yaml.safe_load(RECIPE)["rewards"])
     assert brevity.where == "their_rewards.text:brevity (their-rewards 2.1)"
     assert (brevity.weight, brevity.doc) == (0.5, "1 for the wanted number of characters, falling to 0.")
-    assert brevity.function(completions=["four", "eleven char"]) == [1, 0]
+    assert brevity.function(completions=["a", "b"], texts=["four", "eleven char"]) == [1, 0]
     assert signals_of(specs) == ["latent_entropy"]
     assert sharp.function(completions=["a", "b"], latent_entropy=[0.5, 2.0]) == [-0.5, -2]
     with pytest.raises(UserError, match="has no option 'bset'; did you mean 'best'"):

@@ -148,10 +148,12 @@ def fault(pair, requests, rollouts, sampling):
             return f"row {i}: {rollout.ids} at {rollout.latent_positions}, alone {alone.ids}"
         if not torch.equal(rollout.forced, alone.forced) or rollout.stop_reason != alone.stop_reason:
             return f"row {i}: {rollout.forced} {rollout.stop_reason}, alone {alone.forced} {alone.stop_reason}"
-        if not torch.allclose(rollout.latents, alone.latents, rtol=0, atol=TOLERANCE):
+        # Rounding grows from latent to latent; what a single one differs by is judged below, on the same predecessors.
+        if not torch.allclose(rollout.latents, alone.latents, rtol=0, atol=10 * TOLERANCE):
             return f"row {i}: latents differ by {(rollout.latents - alone.latents).abs().max()}"
     report = check_parity(pair.vllm, pair.rig.model, requests, sampling, rollouts=rollouts)
-    return None if max(report.max_dh, report.max_dlogp) <= TOLERANCE else str(report)
+    apart = max(report.max_dh, report.max_dlogp, report.max_duncut, report.max_dkept)
+    return None if apart <= TOLERANCE else str(report)
 
 
 def test_random_programs_agree_with_the_reference_engine(pair):
