@@ -23,6 +23,30 @@ from rl_lvr.models import family_of, load_model
 PUZZLES = PuzzleConfig(rows=2, cols=3, hops=3, cell_px=28)
 
 
+MEMORY = '''
+class Memory:
+    """How often each question was answered, in whichever process: state of a reward that all processes share."""
+
+    def __init__(self):
+        self.answered, self.found = {}, []
+
+    def state_dict(self):
+        return self.answered
+
+    def load_state_dict(self, state):
+        self.answered = dict(state)
+
+    def pending(self):
+        found, self.found = self.found, []
+        return found
+
+    def merge(self, parts):
+        for one in (one for part in parts for one in part):
+            self.answered[one] = self.answered.get(one, 0) + 1
+'''
+"""Source of the base class of a reward with state, for files of rewards."""
+
+
 def puzzles(count: int) -> list[Record]:
     """The first training puzzles."""
     return generate(PUZZLES, count, "train")

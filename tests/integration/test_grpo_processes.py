@@ -12,43 +12,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lab_tools import grpo, grpo_command, logged, sharded, weights
+from lab_tools import MEMORY, grpo, grpo_command, logged, sharded, weights
 
 pytest.importorskip("deepspeed", reason="needs the extra `deepspeed`")
 pytestmark = pytest.mark.timeout(600)
 
 STEPS = 10
 SIGNAL = "signal/attention_mass_layers_0"  # of the reward `attention`
-REWARD = '''
+REWARD = (
+    MEMORY
+    + '''
 def letters(completions, id, **_):
     """Any number that depends on the text and on nothing else."""
     return [float(sum(map(ord, str(text))) % 7) for text in completions]
 
 
-class Remembers:
+class Remembers(Memory):
     """A number that also depends on how often a question was answered before, in whichever process."""
-
-    def __init__(self):
-        self.answered, self.found = {}, []
 
     def __call__(self, texts, id, **_):
         self.found += id
         return [float((sum(map(ord, text)) + self.answered.get(one, 0)) % 5) for text, one in zip(texts, id)]
-
-    def state_dict(self):
-        return self.answered
-
-    def load_state_dict(self, state):
-        self.answered = dict(state)
-
-    def pending(self):
-        found, self.found = self.found, []
-        return found
-
-    def merge(self, parts):
-        for one in (one for part in parts for one in part):
-            self.answered[one] = self.answered.get(one, 0) + 1
 '''
+)
 REMEMBERED = "rewards/Remembers/mean"
 POLICIES: dict[str, dict[str, Any]] = {
     "unrolled": {"latent_policy": "unrolled"},

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from lab_tools import build_model, logged, same, weights, write_puzzles
+from lab_tools import MEMORY, build_model, logged, same, weights, write_puzzles
 
 from rl_lvr.latents.format import get_format
 from rl_lvr.models import load_model
@@ -30,7 +30,9 @@ pytest.importorskip("deepspeed", reason="needs the extra `deepspeed`")
 pytestmark = pytest.mark.timeout(900)  # a test is a dozen runs, and they share the machine with other tests
 
 WORKER = Path(__file__).with_name("grpo_interrupt_worker.py")
-REWARD = """
+REWARD = (
+    MEMORY
+    + """
 import os
 
 calls = 0
@@ -38,28 +40,11 @@ calls = 0
 def letters(completions, **_):
     return [float(sum(map(ord, str(c))) % 7) for c in completions]
 
-class Remembers:
+class Remembers(Memory):
     # As `letters`, and how often the question was answered before.
-    def __init__(self):
-        self.answered, self.found = {}, []
-
     def __call__(self, completions, id, **_):
         self.found += id
         return [(v + self.answered.get(one, 0) * (v + 1)) % 7 for v, one in zip(letters(completions), id)]
-
-    def state_dict(self):
-        return self.answered
-
-    def load_state_dict(self, state):
-        self.answered = dict(state)
-
-    def pending(self):
-        found, self.found = self.found, []
-        return found
-
-    def merge(self, parts):
-        for one in (one for part in parts for one in part):
-            self.answered[one] = self.answered.get(one, 0) + 1
 
 def needed(completions, necessity_completions, **_):
     return [value + (text is not None) for value, text in zip(letters(completions), necessity_completions)]
@@ -71,6 +56,7 @@ def one_fails(completions, **_):
         raise ValueError("here alone")
     return letters(completions)
 """
+)
 STEPS = 14
 SETTINGS: dict[str, Any] = {
     # 4 prompts, 2 in a generation batch, which serves 4 steps: an epoch is 8 steps, and 3 is no border of anything
