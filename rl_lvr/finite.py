@@ -66,8 +66,11 @@ def require_finite_files(folder: Path) -> None:
 
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        files = [folder / name for name in sorted(shards)]
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        outside = next((name for name in shards if Path(name).name != name), None)
+        if outside is not None:
+            raise UserError(f"{index} names {outside!r}, which is not a file beside it: fetch the model again.")
+        files = [folder / name for name in shards]
     else:
         files = sorted(folder.glob("*.safetensors"))
     for file in files:

@@ -1,7 +1,7 @@
 """One process at a time writes into a folder: a lock file in it, which the operating system holds, says who does.
 
 The lock is `flock`'s: it ends with its process, however that ends. File systems that several hosts share may keep it to
-one host, or have none, so what the file says is judged as well (docs/setup.md). Needs no torch.
+one host, or have none, so what the file says is judged as well (docs/sft.md). Needs no torch.
 """
 
 from __future__ import annotations

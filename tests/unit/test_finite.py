@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,10 @@ def test_files_are_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         save_file(spoilt, tmp_path / "model.safetensors")
         with pytest.raises(UserError, match=f"^{name} in "):
             require_finite_files(tmp_path)
+    index = {"weight_map": {"a": "model.safetensors", "b": "../elsewhere.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"names '\.\./elsewhere.safetensors', which is not a file beside it"):
+        require_finite_files(tmp_path)
 
 
 def test_every_setting_of_every_config_must_be_finite() -> None:
