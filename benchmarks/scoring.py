@@ -26,11 +26,11 @@ from trl.trainer.utils import add_fused_lm_head
 from rl_lvr.lab.tiny import TinySpec, build_tiny
 from rl_lvr.latents.feedback import feedback
 from rl_lvr.latents.format import get_format
-from rl_lvr.latents.inject import input_embeddings
 from rl_lvr.models import family_of, load_model
 from rl_lvr.rollout.hf import HFRolloutEngine
 from rl_lvr.rollout.types import Request, Rollout, Sampling, StopReason, latent_batch
-from rl_lvr.training.grpo_pass import FedModel
+from rl_lvr.training.grpo.scoring import FedModel
+from rl_lvr.wrapping import input_embeddings
 
 BAR = 10.0
 PROMPT = 64

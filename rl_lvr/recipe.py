@@ -17,7 +17,7 @@ from trl import TrlParser
 
 from rl_lvr.errors import UserError, near_miss
 from rl_lvr.settings_files import read_yaml, refuse_repeats_in_json
-from rl_lvr.training.settings import require_finite
+from rl_lvr.training.runs.settings import require_finite
 
 _JSON_FILES = ("deepspeed", "fsdp_config", "accelerator_config")
 """Settings of transformers that may name a file of JSON."""

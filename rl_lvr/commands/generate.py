@@ -221,9 +221,9 @@ def _vectors(args: argparse.Namespace) -> Any:
 
 
 def _oracle(args: argparse.Namespace, engine: Any, images: dict[str, Any], size: tuple[int, int]) -> Any:
+    from rl_lvr.forward.batch import batch_images
     from rl_lvr.models import family_of
     from rl_lvr.models.oracle import box_oracle
-    from rl_lvr.rollout.forward import batch_images
 
     width, height = size
     for x0, y0, x1, y1 in args.oracle_box:

@@ -32,9 +32,9 @@ def run(arguments: argparse.Namespace) -> int:
     from trl import ModelConfig
 
     from rl_lvr.recipe import parse_recipe, split_config
-    from rl_lvr.training.grpo_recipe import GRPORecipe
-    from rl_lvr.training.launch_grpo import train_grpo
-    from rl_lvr.training.run import run_held
+    from rl_lvr.training.grpo.main import train_grpo
+    from rl_lvr.training.grpo.recipe import GRPORecipe
+    from rl_lvr.training.runs.folder import run_held
 
     (config, model_config), given = parse_recipe([GRPORecipe, ModelConfig], arguments.rest)
     recipe, _ = split_config(arguments.rest)

@@ -13,7 +13,7 @@ from rl_lvr.printable import printable
 
 if TYPE_CHECKING:
     from rl_lvr.rollout.record import RecordedRollout
-    from rl_lvr.training.rewards import RewardSpec
+    from rl_lvr.training.rewards.load import RewardSpec
 
 HELP = "list the rewards that are installed, or try one on recorded rollouts"
 
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from rl_lvr.training.rewarding.finding import installed, load_entry_point
+    from rl_lvr.training.rewards.find import installed, load_entry_point
 
     rows: list[dict[str, Any]] = []
     for name, points in installed().items():
@@ -80,8 +80,8 @@ def _facts(target: Any) -> dict[str, Any]:
     """Signals and meaning; of a class the signals that it needs with its default options."""
     import inspect
 
-    from rl_lvr.training.rewarding.options import options_of, signal_names
-    from rl_lvr.training.rewards import first_line
+    from rl_lvr.training.rewards.load import first_line
+    from rl_lvr.training.rewards.options import options_of, signal_names
 
     signals: Sequence[Any] = ()
     if not inspect.isclass(target):
@@ -101,8 +101,8 @@ def _test(args: argparse.Namespace) -> int:
     from itertools import groupby
 
     from rl_lvr.rollout.record import read_rollouts, reward_columns
-    from rl_lvr.training.rewarding.state import SharedReward, state_of
-    from rl_lvr.training.rewards import load_rewards
+    from rl_lvr.training.rewards.load import load_rewards
+    from rl_lvr.training.rewards.state import SharedReward, state_of
 
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit is {args.limit}; it must be at least 1.")

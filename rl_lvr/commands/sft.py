@@ -30,9 +30,9 @@ def run(arguments: argparse.Namespace) -> int:
     from trl import ModelConfig
 
     from rl_lvr.recipe import parse_recipe
-    from rl_lvr.training.config import SFTRecipe
-    from rl_lvr.training.launch import train_sft
-    from rl_lvr.training.run import run_held
+    from rl_lvr.training.runs.folder import run_held
+    from rl_lvr.training.sft.config import SFTRecipe
+    from rl_lvr.training.sft.main import train_sft
 
     (config, model_config), given = parse_recipe([SFTRecipe, ModelConfig], arguments.rest)
     with run_held(config.output_dir, "rl-lvr sft"):

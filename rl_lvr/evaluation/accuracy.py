@@ -14,13 +14,13 @@ from rl_lvr.data.encoding import Collator, Encoded
 from rl_lvr.data.targets import target_vectors
 from rl_lvr.errors import UserError
 from rl_lvr.latents.format import FormatIds
-from rl_lvr.latents.inject import input_embeddings
 from rl_lvr.latents.interventions import Intervention
 from rl_lvr.latents.text import completion_text
 from rl_lvr.models import Family
 from rl_lvr.rollout.conditions import run_condition
 from rl_lvr.rollout.types import Request, Rollout, RolloutEngine, Sampling
 from rl_lvr.signals import Collapse, between_samples, pooled
+from rl_lvr.wrapping import input_embeddings
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""What a latent is: its format, its spans, its carrier, and how it enters a forward pass."""
+"""What a latent is: its format, its spans, its carrier, its feedback map."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rl_lvr.errors import UserError
 from rl_lvr.finite import CURE, finite
 from rl_lvr.latents.format import LatentFormat
-from rl_lvr.latents.inject import input_embeddings, unwrapped, whole
+from rl_lvr.wrapping import input_embeddings, unwrapped, whole
 
 NAME = "latent_proj"
 

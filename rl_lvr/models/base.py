@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rl_lvr.errors import UserError
-from rl_lvr.latents.inject import unwrapped
+from rl_lvr.wrapping import unwrapped
 
 
 class TokenGrid(NamedTuple):

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rl_lvr.latents.inject import whole
 from rl_lvr.models.base import Family, TokenGrid
+from rl_lvr.wrapping import whole
 
 
 class LlavaOnevision(Family):

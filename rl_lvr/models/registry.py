@@ -8,12 +8,12 @@ from typing import Any, TypeVar
 from torch import nn
 
 from rl_lvr.errors import UserError
-from rl_lvr.latents.inject import unwrapped
 from rl_lvr.models.base import Family
 from rl_lvr.models.internvl import InternVL
 from rl_lvr.models.llava_onevision import LlavaOnevision
 from rl_lvr.models.qwen import Qwen2_5VL, Qwen3VL
 from rl_lvr.models.text import TextOnly
+from rl_lvr.wrapping import unwrapped
 
 AnyFamily = TypeVar("AnyFamily", bound=type[Family])
 

@@ -15,19 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rl_lvr.forward.batch import batch_images
+from rl_lvr.forward.inject import inject
 from rl_lvr.latents.batch import LatentBatch
 from rl_lvr.latents.feedback import feedback
 from rl_lvr.latents.format import FormatIds
-from rl_lvr.latents.inject import inject, input_embeddings
 from rl_lvr.latents.interventions import Intervention
 from rl_lvr.models import Family, Positions
 from rl_lvr.rollout import sampling as draws
 from rl_lvr.rollout.checks import starts_with_own
 from rl_lvr.rollout.feeding import VectorSource
-from rl_lvr.rollout.forward import batch_images
 from rl_lvr.rollout.spanstate import NOT_FORCED, SpanState
 from rl_lvr.rollout.stops import StopStrings
 from rl_lvr.rollout.types import Request, Rollout, Sampling, StopReason, Uncut
+from rl_lvr.wrapping import input_embeddings
 
 _SCORES = 3
 """Of a chosen token: its log-prob, its log-prob before penalty and cut, and the log of the kept mass."""

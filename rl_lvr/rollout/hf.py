@@ -12,16 +12,16 @@ import torch
 from torch import nn
 
 from rl_lvr.errors import UserError
+from rl_lvr.forward.batch import batch_images, evaluating
 from rl_lvr.latents.feedback import NAME
 from rl_lvr.latents.format import LatentFormat
-from rl_lvr.latents.inject import unwrapped
 from rl_lvr.models import family_of
 from rl_lvr.progress import track
 from rl_lvr.rollout.checks import Limits, check_request, starts_with_own
 from rl_lvr.rollout.decode import BatchDecoder, Parts
-from rl_lvr.rollout.forward import batch_images, evaluating
 from rl_lvr.rollout.stops import StopStrings
 from rl_lvr.rollout.types import Capability, Request, Rollout, Sampling, request_seeds
+from rl_lvr.wrapping import unwrapped
 
 
 class HFRolloutEngine:

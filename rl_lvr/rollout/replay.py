@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from rl_lvr.errors import UserError
+from rl_lvr.forward.batch import evaluating, forward_hidden, replay_batch
 from rl_lvr.latents.feedback import feedback
 from rl_lvr.latents.format import FormatIds
 from rl_lvr.latents.interventions import Intervention
 from rl_lvr.latents.noise import keyed_normal
 from rl_lvr.models import family_of
 from rl_lvr.rollout import sampling as draws
-from rl_lvr.rollout.forward import evaluating, forward_hidden, replay_batch
 from rl_lvr.rollout.types import Request, Rollout, RolloutEngine, Sampling, Uncut
 
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from rl_lvr.errors import UserError
+from rl_lvr.forward.batch import ReplayBatch, evaluating, forward_hidden
 from rl_lvr.latents.format import FormatIds
 from rl_lvr.models import family_of
 from rl_lvr.ops.vocab_stats import VocabStats, head_weights, vocab_stats
-from rl_lvr.rollout.forward import ReplayBatch, evaluating, forward_hidden
 from rl_lvr.signals import confidence
 from rl_lvr.signals.forward import Column, Forward, Space
 from rl_lvr.signals.probe import Probe

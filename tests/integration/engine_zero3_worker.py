@@ -24,7 +24,7 @@ from rl_lvr.latents.format import get_format
 from rl_lvr.rollout.types import Sampling
 from rl_lvr.rollout.vllm.engine import VLLMRolloutEngine
 from rl_lvr.rollout.vllm.weights import Receipt, checkpoint_weights
-from rl_lvr.training.engines import Sleeper
+from rl_lvr.training.grpo.engines import Sleeper
 
 BUCKET = 40_000
 

@@ -11,9 +11,9 @@ from datasets import Dataset
 from helpers import noise_image
 
 from rl_lvr.latents.format import LatentFormat, get_format
-from rl_lvr.training.grpo import LatentGRPOTrainer
-from rl_lvr.training.grpo_config import LatentGRPOConfig
-from rl_lvr.training.rewards import RewardSpec, load_rewards
+from rl_lvr.training.grpo.config import LatentGRPOConfig
+from rl_lvr.training.grpo.trainer import LatentGRPOTrainer
+from rl_lvr.training.rewards.load import RewardSpec, load_rewards
 
 FORMATS = ("lvr", "monet")
 LVR = get_format("lvr", k=3)

@@ -26,8 +26,10 @@ from rl_lvr import cli
 from rl_lvr.accelerated import group_ended
 from rl_lvr.latents.interventions import Intervention
 from rl_lvr.rollout.hf import HFRolloutEngine
-from rl_lvr.training import grpo_resuming, grpo_rewards, launch_grpo, resuming  # noqa: F401, the verb imports it late
-from rl_lvr.training.rewarding import guard
+from rl_lvr.training.grpo import calling, main  # noqa: F401, the verb imports it late
+from rl_lvr.training.grpo import resuming as grpo_resuming
+from rl_lvr.training.rewards import call
+from rl_lvr.training.runs import resuming
 
 GRACE = 20.0
 
@@ -50,7 +52,7 @@ class Leg:
 
 PLACES: dict[str, tuple[Any, str]] = {
     "forward": (torch.nn.Embedding, "forward"),
-    "reward": (guard._Guarded, "__call__"),
+    "reward": (call._Guarded, "__call__"),
     "backward": (torch.Tensor, "backward"),
     "optimizer": (importlib.import_module("torch.optim.adam"), "adam"),  # hidden behind the class of that name
     "checkpoint": (torch, "save"),
@@ -68,7 +70,7 @@ def lose(what: str, rank: int) -> None:
     elif what == "reference":
         grpo_resuming.ResumableGRPO._load_reference = lambda self, path: None
     elif what == "rewards":
-        grpo_rewards.unpack = lambda text, states: []
+        calling.unpack = lambda text, states: []
     elif what in ("latents", "spans"):
         if rank == 1:
             HFRolloutEngine.generate = other_rollouts(HFRolloutEngine.generate, what)

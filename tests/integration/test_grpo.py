@@ -15,8 +15,8 @@ from rl_lvr.errors import UserError
 from rl_lvr.latents.batch import LatentBatch
 from rl_lvr.latents.format import get_format
 from rl_lvr.rollout.record import read_rollouts
-from rl_lvr.training.grpo import LatentGRPOTrainer
-from rl_lvr.training.grpo_config import LatentGRPOConfig
+from rl_lvr.training.grpo.config import LatentGRPOConfig
+from rl_lvr.training.grpo.trainer import LatentGRPOTrainer
 
 
 def history(trainer: Any) -> list[dict[str, Any]]:

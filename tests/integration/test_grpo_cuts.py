@@ -14,7 +14,7 @@ from grpo_cases import generation, gradients, logged, make_trainer, opening
 from rl_lvr.errors import Fault
 from rl_lvr.latents.format import get_format
 from rl_lvr.rollout.record import read_rollouts
-from rl_lvr.training.grpo import LatentGRPOTrainer
+from rl_lvr.training.grpo.trainer import LatentGRPOTrainer
 
 CUTS: dict[str, dict[str, Any]] = {
     "top_k": {"top_k": 3},

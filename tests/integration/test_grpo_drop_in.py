@@ -19,8 +19,8 @@ from trl import GRPOConfig, GRPOTrainer
 from rl_lvr.errors import Fault, UserError
 from rl_lvr.latents.feedback import NAME as FEEDBACK
 from rl_lvr.latents.format import get_format
-from rl_lvr.training.grpo import LatentGRPOTrainer
-from rl_lvr.training.grpo_config import LatentGRPOConfig
+from rl_lvr.training.grpo.config import LatentGRPOConfig
+from rl_lvr.training.grpo.trainer import LatentGRPOTrainer
 
 TEXT_TEMPLATE = "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] }}{% endfor %}"
 """Of a tokenizer that knows text alone."""
@@ -227,7 +227,7 @@ def test_weights_come_from_the_config_and_schedules_are_factors(load_tiny: Any, 
     (spec,) = rewards(tmp_path)
     from dataclasses import replace
 
-    from rl_lvr.training.rewards import Schedule
+    from rl_lvr.training.rewards.load import Schedule
 
     falling = replace(spec, schedule=Schedule(1.0, 0.0, 0, 2))
     trainer = make_trainer(

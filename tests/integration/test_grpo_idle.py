@@ -12,7 +12,7 @@ from grpo_cases import LOSSES, generation, gradients, logged, make_trainer, open
 from helpers import noise_image
 
 from rl_lvr.errors import UserError
-from rl_lvr.training.grpo_idle import Kept, level_rows
+from rl_lvr.training.grpo.filtering import Kept, level_rows
 
 POLICIES = ("context", "unrolled", "gaussian", "spherical")
 

@@ -14,12 +14,12 @@ from helpers import noise_image
 from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 
 from rl_lvr.errors import Fault
+from rl_lvr.forward.batch import evaluating
+from rl_lvr.forward.inject import inject
 from rl_lvr.latents.batch import LatentBatch
-from rl_lvr.latents.inject import inject
 from rl_lvr.models import family_of
-from rl_lvr.rollout.forward import evaluating
-from rl_lvr.training import grpo
-from rl_lvr.training.grpo_inputs import processed_once, same
+from rl_lvr.training.grpo import trainer as grpo
+from rl_lvr.training.grpo.inputs import processed_once, same
 
 
 def group(pictures: int) -> list[dict[str, Any]]:

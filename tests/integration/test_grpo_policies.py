@@ -17,8 +17,8 @@ from rl_lvr.latents.batch import LatentBatch
 from rl_lvr.latents.feedback import attach_feedback
 from rl_lvr.latents.format import get_format
 from rl_lvr.rollout.hf import HFRolloutEngine
-from rl_lvr.training.grpo import LatentGRPOTrainer
-from rl_lvr.training.grpo_pass import own_latents
+from rl_lvr.training.grpo.scoring import own_latents
+from rl_lvr.training.grpo.trainer import LatentGRPOTrainer
 
 
 @pytest.mark.parametrize("policy", ["context", "unrolled", "gaussian", "spherical"])

@@ -24,7 +24,7 @@ from lab_tools import MEMORY, build_model, logged, same, weights, write_puzzles
 from rl_lvr.latents.format import get_format
 from rl_lvr.models import load_model
 from rl_lvr.rollout.record import read_rollouts
-from rl_lvr.training.checkpoints import PARTIAL, defect
+from rl_lvr.training.runs.checkpoints import PARTIAL, defect
 
 pytest.importorskip("deepspeed", reason="needs the extra `deepspeed`")
 pytestmark = pytest.mark.timeout(900)  # a test is a dozen runs, and they share the machine with other tests

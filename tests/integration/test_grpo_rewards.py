@@ -15,7 +15,7 @@ from lab_tools import same
 from rl_lvr.errors import UserError
 from rl_lvr.rollout.record import read_rollouts, reward_columns
 from rl_lvr.signals import between_samples, pooled
-from rl_lvr.training.rewards import load_rewards
+from rl_lvr.training.rewards.load import load_rewards
 
 OWN = """
 def letters(completions, texts, spans, **_):

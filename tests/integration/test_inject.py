@@ -19,10 +19,11 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from rl_lvr.forward.inject import inject
 from rl_lvr.latents.batch import LatentBatch
 from rl_lvr.latents.format import FormatIds, get_format
-from rl_lvr.latents.inject import inject, input_embeddings
 from rl_lvr.latents.spans import span_masks
+from rl_lvr.wrapping import input_embeddings
 
 TOLERANCE = 1e-4
 CLEAR = 1e-2  # a difference that no rounding makes

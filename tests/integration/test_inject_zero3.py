@@ -15,10 +15,10 @@ from helpers import MIXED_ROWS, make_batch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rl_lvr.forward.inject import inject
 from rl_lvr.latents.batch import LatentBatch
 from rl_lvr.latents.feedback import attach_feedback, feedback
 from rl_lvr.latents.format import get_format
-from rl_lvr.latents.inject import inject
 from rl_lvr.latents.spans import span_masks
 
 pytest.importorskip("deepspeed", reason="needs the extra `deepspeed`")

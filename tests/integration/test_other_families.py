@@ -14,10 +14,10 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from rl_lvr.errors import Fault, UserError
 from rl_lvr.models.registry import UnsupportedFamily, family_of
-from rl_lvr.training.config import LatentSFTConfig
-from rl_lvr.training.grpo import LatentGRPOTrainer
-from rl_lvr.training.grpo_config import LatentGRPOConfig
-from rl_lvr.training.sft import LatentSFTTrainer
+from rl_lvr.training.grpo.config import LatentGRPOConfig
+from rl_lvr.training.grpo.trainer import LatentGRPOTrainer
+from rl_lvr.training.sft.config import LatentSFTConfig
+from rl_lvr.training.sft.trainer import LatentSFTTrainer
 
 STEPS = 4
 COMMON: dict[str, Any] = {

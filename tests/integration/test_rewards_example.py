@@ -12,7 +12,7 @@ from lab_tools import grpo, logged
 
 from rl_lvr.cli import main
 from rl_lvr.rollout.record import read_rollouts, reward_columns
-from rl_lvr.training.rewards import KEYS, load_rewards, signals_of, weights_at
+from rl_lvr.training.rewards.load import KEYS, load_rewards, signals_of, weights_at
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
 

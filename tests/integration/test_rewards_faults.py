@@ -10,11 +10,11 @@ import pytest
 import torch
 from grpo_cases import LVR, logged, opening, rows, settings
 
-from rl_lvr.training.checkpoints import defect
-from rl_lvr.training.grpo import LatentGRPOTrainer
-from rl_lvr.training.grpo_config import LatentGRPOConfig
-from rl_lvr.training.rewarding.guard import RewardError
-from rl_lvr.training.rewards import load_rewards
+from rl_lvr.training.grpo.config import LatentGRPOConfig
+from rl_lvr.training.grpo.trainer import LatentGRPOTrainer
+from rl_lvr.training.rewards.call import RewardError
+from rl_lvr.training.rewards.load import load_rewards
+from rl_lvr.training.runs.checkpoints import defect
 
 OWN = """
 import asyncio

@@ -13,7 +13,7 @@ import yaml
 from lab_tools import grpo_command, logged
 
 from rl_lvr.errors import UserError
-from rl_lvr.training.rewards import load_rewards, signals_of
+from rl_lvr.training.rewards.load import load_rewards, signals_of
 
 PROJECT = """
 [build-system]

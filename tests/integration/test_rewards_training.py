@@ -10,14 +10,14 @@ import torch
 from engine_cases import FORMATS, SAMPLED, Rig
 
 from rl_lvr.cli import main
+from rl_lvr.forward.batch import replay_batch
 from rl_lvr.latents.format import get_format
 from rl_lvr.latents.spans import SpanStatus, find_spans
-from rl_lvr.rollout.forward import replay_batch
 from rl_lvr.rollout.record import RolloutLog, read_rollouts, recorded, reward_columns, span_facts
 from rl_lvr.rollout.types import latent_batch
 from rl_lvr.signals import measure, parse_signals
-from rl_lvr.training.rewarding.guard import RewardError
-from rl_lvr.training.rewards import load_rewards, signals_of, weights_at
+from rl_lvr.training.rewards.call import RewardError
+from rl_lvr.training.rewards.load import load_rewards, signals_of, weights_at
 
 OWN = """
 async def letters(completions, trainer_state, log_extra, **_):

@@ -23,8 +23,8 @@ from rl_lvr.rollout.server import protocol
 from rl_lvr.rollout.server.engine import ServerRolloutEngine
 from rl_lvr.rollout.types import Capability, Rollout
 from rl_lvr.rollout.vllm.weights import Receipt, checkpoint_weights, write_files
-from rl_lvr.training.engines import make_engine
-from rl_lvr.training.grpo_config import LatentGRPOConfig
+from rl_lvr.training.grpo.config import LatentGRPOConfig
+from rl_lvr.training.grpo.engines import make_engine
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

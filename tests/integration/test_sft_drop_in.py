@@ -16,7 +16,7 @@ from vllm_cases import build_text
 from rl_lvr.data.records import load_records
 from rl_lvr.errors import UserError
 from rl_lvr.latents.format import get_format
-from rl_lvr.training.sft import LatentSFTTrainer
+from rl_lvr.training.sft.trainer import LatentSFTTrainer
 
 TALKS = [
     {"prompt": [{"role": "user", "content": f"{n} hops from red"}], "completion": [{"role": "assistant", "content": c}]}

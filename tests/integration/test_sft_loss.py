@@ -15,9 +15,9 @@ from torch.nn import functional
 from rl_lvr.data.targets import target_vectors
 from rl_lvr.rollout.hf import HFRolloutEngine
 from rl_lvr.rollout.types import Request, Sampling
-from rl_lvr.training.config import LatentSFTConfig
-from rl_lvr.training.settings import freeze_vision
-from rl_lvr.training.sft import LatentSFTTrainer
+from rl_lvr.training.runs.settings import freeze_vision
+from rl_lvr.training.sft.config import LatentSFTConfig
+from rl_lvr.training.sft.trainer import LatentSFTTrainer
 
 
 def trainer_of(bench: Bench, out: Path, encoded: list[Any] | None = None, **settings: Any) -> LatentSFTTrainer:

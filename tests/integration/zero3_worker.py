@@ -14,10 +14,11 @@ from transformers import AutoModelForImageTextToText
 from transformers.integrations import HfDeepSpeedConfig
 
 from rl_lvr.accelerated import group_ended
+from rl_lvr.forward.inject import inject
 from rl_lvr.latents.batch import LatentBatch
 from rl_lvr.latents.feedback import attach_feedback, feedback
 from rl_lvr.latents.format import get_format
-from rl_lvr.latents.inject import inject, input_embeddings
+from rl_lvr.wrapping import input_embeddings
 
 
 def config(ranks: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from trl import ModelConfig
 
 from rl_lvr.lab.tiny import FAMILIES
 from rl_lvr.models.registry import family_class
-from rl_lvr.training.start import adapter_of
+from rl_lvr.training.runs.prepare import adapter_of
 
 LINEAR = {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
 

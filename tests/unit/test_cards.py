@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from rl_lvr.latents.format import get_format
-from rl_lvr.training.card import FILE, Card, Named, named_file, named_model
+from rl_lvr.training.runs.card import FILE, Card, Named, named_file, named_model
 
 
 def test_models_have_the_names_that_others_know_them_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

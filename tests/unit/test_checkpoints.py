@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rl_lvr.errors import UserError
-from rl_lvr.training.checkpoints import (
+from rl_lvr.training.runs.checkpoints import (
     MANIFEST,
     PARTIAL,
     defect,

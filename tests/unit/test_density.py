@@ -15,7 +15,7 @@ from torch.distributions import Normal, kl_divergence
 from rl_lvr.errors import UserError
 from rl_lvr.latents.density import check_sigma, divergence, explore, log_density
 from rl_lvr.latents.noise import keyed_normal
-from rl_lvr.training.latent_policy import LatentActions, Pricing, latent_loss
+from rl_lvr.training.grpo.loss import LatentActions, Pricing, latent_loss
 
 LAWS = ("gaussian", "spherical")
 

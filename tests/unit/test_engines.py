@@ -7,8 +7,8 @@ import torch
 
 from rl_lvr.errors import UserError
 from rl_lvr.rollout.vllm import guards
-from rl_lvr.training.engines import Sleeper, check_engine, make_engine
-from rl_lvr.training.grpo_config import LatentGRPOConfig
+from rl_lvr.training.grpo.config import LatentGRPOConfig
+from rl_lvr.training.grpo.engines import Sleeper, check_engine, make_engine
 
 
 def config(**changes):

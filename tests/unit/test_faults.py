@@ -18,9 +18,9 @@ from rl_lvr.latents.format import FormatIds, LatentFormat
 from rl_lvr.latents.interventions import Intervention
 from rl_lvr.locking import folder_held
 from rl_lvr.rollout.types import Rollout, StopReason
-from rl_lvr.training.checkpoints import from_main
-from rl_lvr.training.faults import RULES, Idle, Unopened, agree, agreed, kinds_of, rules_of, sort_rollouts, watched
-from rl_lvr.training.run import run_held
+from rl_lvr.training.runs.checkpoints import from_main
+from rl_lvr.training.runs.faults import RULES, Idle, Unopened, agree, agreed, kinds_of, rules_of, sort_rollouts, watched
+from rl_lvr.training.runs.folder import run_held
 
 START, SLOT, END, TEXT, EOS = 11, 12, 13, 14, 15
 MARKERS = FormatIds(LatentFormat("test", "o", "[", "]", k=2), START, SLOT, END)

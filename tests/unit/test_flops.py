@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from rl_lvr.training.flops import forward_flops, peak_flops
+from rl_lvr.training.grpo.flops import forward_flops, peak_flops
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from rl_lvr.errors import UserError
-from rl_lvr.training.flops import peak_flops, peak_of
-from rl_lvr.training.grpo_phases import Phases
+from rl_lvr.training.grpo.flops import peak_flops, peak_of
+from rl_lvr.training.grpo.timing import Phases
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_a_gpu_is_asked_for_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_utilisation_is_work_over_time_over_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([10.0, 12.0, 20.0, 24.0])
-    monkeypatch.setattr("rl_lvr.training.grpo_phases.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("rl_lvr.training.grpo.timing.time.perf_counter", lambda: next(clock))
     phases = Phases(torch.device("cpu"))
     for name, flops in (("score", 3e12), ("loss", 2e12)):
         phases.work(name, flops)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rl_lvr.training.callbacks import Abandoned, Interrupt
+from rl_lvr.training.runs.callbacks import Abandoned, Interrupt
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText
 from rl_lvr.errors import UserError
 from rl_lvr.latents.feedback import NAME, LatentFeedback, attach_feedback, feedback
 from rl_lvr.latents.format import LatentFormat, get_format
-from rl_lvr.latents.inject import input_embeddings
+from rl_lvr.wrapping import input_embeddings
 
 H = 64  # of the tiny models
 KINDS = [(projector, norm) for projector in ("none", "linear", "mlp") for norm in ("none", "embedding")][

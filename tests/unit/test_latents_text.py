@@ -15,7 +15,7 @@ from rl_lvr.latents.text import completion_text
 from rl_lvr.rollout.readable import readable
 from rl_lvr.rollout.record import recorded
 from rl_lvr.rollout.types import Rollout, StopReason
-from rl_lvr.training.grpo_columns import read_completions
+from rl_lvr.training.grpo.columns import read_completions
 
 LVR = get_format("lvr", k=2)
 

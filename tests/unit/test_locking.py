@@ -20,7 +20,7 @@ import pytest
 from rl_lvr import locking
 from rl_lvr.errors import UserError
 from rl_lvr.locking import LOCK, Holder, folder_held
-from rl_lvr.training.run import RUN_FILE, clear_run, open_run, write_run
+from rl_lvr.training.runs.folder import RUN_FILE, clear_run, open_run, write_run
 
 HOLDER = """
 import sys

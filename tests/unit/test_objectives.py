@@ -9,9 +9,7 @@ import pytest
 import torch
 
 from rl_lvr.errors import UserError
-from rl_lvr.models import family_of
-from rl_lvr.training.config import LatentSFTConfig
-from rl_lvr.training.objectives import (
+from rl_lvr.forward.objectives import (
     CONTRAST_TEMPERATURE,
     INFONCE_TEMPERATURE,
     LatentPairs,
@@ -23,7 +21,9 @@ from rl_lvr.training.objectives import (
     nmse,
     parse_objective,
 )
-from rl_lvr.training.settings import freeze_vision
+from rl_lvr.models import family_of
+from rl_lvr.training.runs.settings import freeze_vision
+from rl_lvr.training.sft.config import LatentSFTConfig
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from trl import GRPOTrainer, ModelConfig
 from rl_lvr.accelerated import launch_words
 from rl_lvr.errors import UserError
 from rl_lvr.recipe import parse_recipe, read_recipe, split_config
-from rl_lvr.training.config import LatentSFTConfig, SFTRecipe
-from rl_lvr.training.grpo_config import TRL_CHOICES, LatentGRPOConfig
-from rl_lvr.training.grpo_recipe import GRPORecipe
-from rl_lvr.training.rewards import load_rewards
+from rl_lvr.training.grpo.config import TRL_CHOICES, LatentGRPOConfig
+from rl_lvr.training.grpo.recipe import GRPORecipe
+from rl_lvr.training.rewards.load import load_rewards
+from rl_lvr.training.sft.config import LatentSFTConfig, SFTRecipe
 
 TYPES = [SFTRecipe, ModelConfig]
 GOOD = "train_file: a.jsonl\noutput_dir: out\nlatent_format: lvr\nlearning_rate: 1e-3\nreport_to: none\n"

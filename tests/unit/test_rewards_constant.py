@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from rl_lvr.training.rewarding.constant import BATCHES, Constant, shortened
+from rl_lvr.training.rewards.constant import BATCHES, Constant, shortened
 
 NAN = float("nan")
 GIVEN = {"mine": {"completions": [{"role": "assistant", "content": "red"}], "answer": "red"}}

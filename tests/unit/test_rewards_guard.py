@@ -16,7 +16,7 @@ import torch
 
 from rewards.accuracy import accuracy
 from rl_lvr.errors import UserError
-from rl_lvr.training.rewarding.guard import RewardError, guard
+from rl_lvr.training.rewards.call import RewardError, guard
 
 ROWS = ["good", "bad", "good"]
 

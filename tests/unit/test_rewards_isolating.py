@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from rl_lvr.training.faults import watched
-from rl_lvr.training.rewarding.guard import guard
-from rl_lvr.training.rewarding.isolating import isolated
+from rl_lvr.training.rewards.call import guard
+from rl_lvr.training.rewards.isolating import isolated
+from rl_lvr.training.runs.faults import watched
 
 Pair = namedtuple("Pair", "left right")
 

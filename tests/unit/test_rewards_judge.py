@@ -19,8 +19,8 @@ import pytest
 
 from rewards.judge import Judge, JudgeError
 from rl_lvr.errors import UserError
-from rl_lvr.training import rewards
-from rl_lvr.training.rewards import load_rewards
+from rl_lvr.training.rewards import load
+from rl_lvr.training.rewards.load import load_rewards
 
 ROWS = {"prompts": ["q1", "q2"], "completions": ["right", "wrong"], "answer": ["right", "right"]}
 
@@ -299,7 +299,7 @@ def test_processes_share_the_budget(endpoint: Endpoint, monkeypatch: pytest.Monk
 def test_a_batch_may_take_longer_than_the_guard_waits_for_others(
     endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(rewards, "TIMEOUT", 0.3)
+    monkeypatch.setattr(load, "TIMEOUT", 0.3)
     endpoint.reply = lambda number, body: (200, endpoint.score(body), {}, 0.5)
     options = {"url": endpoint.url, "model": "m"}
     (spec,) = load_rewards([{"name": "judge", "options": options}])

@@ -18,8 +18,8 @@ from rl_lvr.latents.format import FormatIds, get_format
 from rl_lvr.latents.interventions import Intervention
 from rl_lvr.rollout.record import span_facts
 from rl_lvr.rollout.types import Rollout, StopReason
-from rl_lvr.training.grpo_columns import again_of, marker_order, require_columns
-from rl_lvr.training.rewards import load_rewards, signals_of
+from rl_lvr.training.grpo.columns import again_of, marker_order, require_columns
+from rl_lvr.training.rewards.load import load_rewards, signals_of
 
 START, SLOT, END, WORD = 11, 12, 13, 5
 MARKERS = FormatIds(get_format("lvr", k=2), start=START, slot=SLOT, end=END)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from rl_lvr.errors import UserError
-from rl_lvr.training.rewarding.guard import guard
-from rl_lvr.training.rewarding.state import packed, require_shared, state_of, unpack
+from rl_lvr.training.rewards.call import guard
+from rl_lvr.training.rewards.state import packed, require_shared, state_of, unpack
 
 
 class Alone:

@@ -11,8 +11,8 @@ import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from rl_lvr.errors import UserError
-from rl_lvr.training.callbacks import MetricsFile
-from rl_lvr.training.run import PARTIAL_FILE, RUN_FILE, open_run, write_run
+from rl_lvr.training.runs.callbacks import MetricsFile
+from rl_lvr.training.runs.folder import PARTIAL_FILE, RUN_FILE, open_run, write_run
 
 ROWS = [json.dumps({"step": step, "loss": 1.0 / step}) for step in (1, 2, 3, 4)]
 
@@ -73,7 +73,7 @@ def test_rows_after_the_checkpoint_go(tmp_path: Path) -> None:
 
 WRITER = """
 import resource, signal, sys
-from rl_lvr.training.run import write_run
+from rl_lvr.training.runs.folder import write_run
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error instead, as on a full disk
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 write_run(sys.argv[1], "grpo", {}, {"text": "x" * 100_000})

@@ -11,14 +11,15 @@ import pytest
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from rl_lvr.errors import UserError
-from rl_lvr.training import config as config_module
-from rl_lvr.training import grpo_config, settings
-from rl_lvr.training.config import ARGUMENTS_WITH_RECORDS, ON_RECORDS, WITH_RECORDS, LatentSFTConfig
-from rl_lvr.training.grpo import LatentGRPOTrainer
-from rl_lvr.training.grpo_config import ARGUMENTS_WITH_LATENTS, WITH_LATENTS, LatentGRPOConfig
-from rl_lvr.training.settings import ARGUMENTS_ON_LATENTS, ON_LATENTS, WITH_FORMAT, refuse_unused
-from rl_lvr.training.sft import LatentSFTTrainer
-from rl_lvr.training.trl_arguments import config_of, refuse_arguments
+from rl_lvr.training.grpo import config as grpo_config
+from rl_lvr.training.grpo.config import ARGUMENTS_WITH_LATENTS, WITH_LATENTS, LatentGRPOConfig
+from rl_lvr.training.grpo.trainer import LatentGRPOTrainer
+from rl_lvr.training.runs import settings
+from rl_lvr.training.runs.arguments import config_of, refuse_arguments
+from rl_lvr.training.runs.settings import ARGUMENTS_ON_LATENTS, ON_LATENTS, WITH_FORMAT, refuse_unused
+from rl_lvr.training.sft import config as config_module
+from rl_lvr.training.sft.config import ARGUMENTS_WITH_RECORDS, ON_RECORDS, WITH_RECORDS, LatentSFTConfig
+from rl_lvr.training.sft.trainer import LatentSFTTrainer
 
 OF_TRAINERS = """
 model args train_dataset eval_dataset processing_class callbacks optimizers peft_config
@@ -173,7 +174,8 @@ def test_the_command_line_refuses_known_settings() -> None:
     """What it refuses is a field of some config, and its tables hold those of the trainers."""
     from trl import ModelConfig
 
-    from rl_lvr.training import config, grpo_recipe
+    from rl_lvr.training.grpo import recipe as grpo_recipe
+    from rl_lvr.training.sft import config
 
     known = {entry.name for kind in (GRPOConfig, SFTConfig, ModelConfig) for entry in fields(kind)}
     assert set(settings.WITHOUT_EFFECT) | set(config.WITHOUT_EFFECT) | set(grpo_recipe.WITHOUT_EFFECT) <= known

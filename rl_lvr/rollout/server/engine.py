@@ -15,13 +15,13 @@ from torch import nn
 
 from rl_lvr.errors import UserError
 from rl_lvr.latents.format import LatentFormat
-from rl_lvr.latents.inject import unwrapped
 from rl_lvr.progress import task
 from rl_lvr.rollout.server import protocol, weights
 from rl_lvr.rollout.types import Capability, Request, Rollout, Sampling, request_seeds
 from rl_lvr.rollout.vllm import calls
 from rl_lvr.rollout.vllm.settings import LatentSettings
 from rl_lvr.rollout.vllm.weights import mismatch
+from rl_lvr.wrapping import unwrapped
 
 
 class ServerRolloutEngine:

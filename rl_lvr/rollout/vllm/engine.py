@@ -17,7 +17,6 @@ from torch import nn
 from rl_lvr.errors import UserError
 from rl_lvr.finite import require_finite_files
 from rl_lvr.latents.format import LatentFormat
-from rl_lvr.latents.inject import unwrapped
 from rl_lvr.models.loading import checkpoint_folder
 from rl_lvr.progress import task
 from rl_lvr.rollout.types import Capability, Request, Rollout, Sampling, request_seeds
@@ -27,6 +26,7 @@ from rl_lvr.rollout.vllm.settings import MAX_LATENTS, as_config, settings_for_fo
 from rl_lvr.rollout.vllm.starting import one_sentence
 from rl_lvr.rollout.vllm.weights import Receipt, checkpoint_weights, mismatch, write_files
 from rl_lvr.rollout.vllm.worker import EXTENSION
+from rl_lvr.wrapping import unwrapped
 
 
 class VLLMRolloutEngine:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rl_lvr.errors import UserError
-from rl_lvr.latents.inject import sharded, unwrapped
+from rl_lvr.wrapping import sharded, unwrapped
 
 PROBES = 16
 """Embedding rows that are read back, and inputs that the output head is given."""

@@ -1,0 +1,220 @@
+"""The settings of GRPO with latents: TRL's GRPOConfig plus how latents are explored, priced and checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import GRPOConfig
+
+from rl_lvr.errors import UserError, near_miss
+from rl_lvr.latents.density import Law
+from rl_lvr.training.runs.faults import RolloutSettings
+from rl_lvr.training.runs.settings import (
+    CHOICES,
+    ON_LATENTS,
+    Defaults,
+    refuse_unused,
+    require_finite,
+    require_words,
+    settle_device,
+)
+
+TRL_CHOICES: dict[str, tuple[Any, ...]] = {
+    "loss_type": ("grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"),
+    "importance_sampling_level": ("token", "sequence"),
+    "scale_rewards": ("group", "batch", "none", True, False),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+    "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+    "vllm_mode": ("colocate", "server"),
+}
+"""What TRL looks at in the first loss, after a whole generation batch."""
+POLICIES = ("context", "unrolled", "gaussian", "spherical")
+_ENGINE = "the trainer's engine generates: its options are in docs/engines.md"
+WITH_LATENTS = ON_LATENTS | {
+    "use_vllm": "it generates without latents: give the trainer an engine",
+    "use_transformers_continuous_batching": "it generates without latents: give the trainer an engine",
+    "use_transformers_paged": "it generates without latents: give the trainer an engine",
+    "transformers_continuous_batching_config": "it generates without latents: give the trainer an engine",
+    "cache_implementation": "only transformers' generate reads it",
+    "generation_kwargs": "only transformers' generate reads them",
+    "max_tool_calling_iterations": "there are no tools",
+    "vllm_mode": _ENGINE,
+    "vllm_model_impl": _ENGINE,
+    "vllm_enable_sleep_mode": "the engine vllm sleeps by engine_sleep",
+    "vllm_structured_outputs_regex": _ENGINE,
+    "vllm_server_base_url": _ENGINE,
+    "vllm_server_host": _ENGINE,
+    "vllm_server_port": _ENGINE,
+    "vllm_server_timeout": _ENGINE,
+    "vllm_group_port": _ENGINE,
+    "vllm_gpu_memory_utilization": _ENGINE,
+    "vllm_tensor_parallel_size": _ENGINE,
+}
+"""Settings of TRL that cannot be used with a latent format, and why. They are refused, not ignored."""
+ARGUMENTS_WITH_LATENTS = {
+    "tools": "it is TRL's own way to generate",
+    "rollout_func": "it is TRL's own way to generate",
+    "environment_factory": "it is TRL's own way to generate",
+}
+"""The same for arguments of `GRPOTrainer`, beside `settings.ARGUMENTS_ON_LATENTS`."""
+_TRL = "TRL generates and scores by itself"
+WITHOUT_LATENTS = {
+    **dict.fromkeys(
+        (
+            "latent_policy",
+            "latent_sigma",
+            "latent_weight",
+            "latent_gradient_clip",
+            "latent_scale",
+            "latent_epsilon",
+            "latent_epsilon_high",
+        ),
+        "there are no latents",
+    ),
+    **dict.fromkeys(
+        (
+            "replay_tolerance",
+            "parity_check",
+            "engine_sleep",
+            "engine_retries",
+            "rollout_batch",
+            "scoring_batch",
+            "drop_idle_groups",
+            "record_rollouts",
+            "peak_tflops",
+        ),
+        _TRL,
+    ),
+}
+"""Settings of `LatentGRPOConfig` that training without latents leaves nothing to read, and why."""
+OF_DENSITIES = dict.fromkeys(
+    ("latent_weight", "latent_scale", "latent_epsilon", "latent_epsilon_high"), "latents have no loss of their own"
+)
+"""Settings that a policy without a density of latents leaves nothing to read, and why."""
+OF_UNROLLED = {"latent_gradient_clip": "no gradient flows along the latents"}
+
+
+@dataclass
+class LatentGRPOConfig(RolloutSettings, Defaults, GRPOConfig):
+    """Everything of TRL's `GRPOConfig` works as well, but for what the trainer refuses with the reason."""
+
+    latent_policy: str = field(
+        default="context",
+        metadata={
+            "help": "context: latents are fixed inputs. unrolled: the gradient of the text also flows through the "
+            "recurrence that made them. gaussian, spherical: latents are drawn with noise and priced by its density."
+        },
+    )
+    latent_sigma: float = field(
+        default=0.0, metadata={"help": "Standard deviation of the exploration noise on latents, per dimension."}
+    )
+    latent_weight: float = field(default=1.0, metadata={"help": "Weight of the latents' own loss term."})
+    latent_gradient_clip: float | None = field(
+        default=None,
+        metadata={
+            "help": "unrolled: a row's gradient on a latent is at most this many times the rows' median. Default: "
+            "exact; 1 steadies a training whose grad_norm jumps."
+        },
+    )
+    latent_scale: str = field(
+        default="mean",
+        metadata={"help": "mean or sum: log-densities of latents per dimension, or summed over thousands of them."},
+    )
+    latent_epsilon: float = field(default=0.2, metadata={"help": "Clip range of the latents' ratio."})
+    latent_epsilon_high: float | None = field(
+        default=None, metadata={"help": "Its upper side, if that differs from latent_epsilon."}
+    )
+
+    replay_tolerance: float | None = field(
+        default=None,
+        metadata={
+            "help": "Difference between the rollouts and their replay above which the run stops. Default: 1e-3 in "
+            "float32, on the largest difference; in mixed or half precision 0.1 on the mean, and three times that on "
+            "the mean within one rollout."
+        },
+    )
+    parity_check: bool = field(
+        default=True, metadata={"help": "Hold the engine against the model, with a control, before the first step."}
+    )
+    engine_sleep: bool | None = field(
+        default=None,
+        metadata={
+            "help": "The engine vllm gives its memory to the trainer while it does not generate. Default: yes on a GPU."
+        },
+    )
+    rollout_batch: int = field(default=16, metadata={"help": "Rows that the engine hf decodes together."})
+    scoring_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows per forward of the scoring and reference passes. Default: per_device_train_batch_size."
+        },
+    )
+    drop_idle_groups: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Leave rows without an advantage out of the policy pass. Default: wherever that changes nothing."
+        },
+    )
+    record_rollouts: bool = field(default=True, metadata={"help": "Write rollouts below output_dir/rollouts."})
+    peak_tflops: float | None = field(
+        default=None,
+        metadata={"help": "What the hardware does per second at most, in 1e12 operations. Default: a known GPU's."},
+    )
+
+    def __post_init__(self) -> None:
+        self.check()
+        settle_device(self)
+        super().__post_init__()
+
+    def check(self) -> None:
+        """Refuse what cannot be in the settings that are added to TRL's."""
+        require_finite(self)
+        if self.latent_policy not in POLICIES:
+            hint = near_miss(self.latent_policy, POLICIES, f"; choose {', '.join(POLICIES)}.")
+            raise UserError(f"no latent_policy {self.latent_policy!r}{hint}")
+        if self.latent_scale not in ("mean", "sum"):
+            raise UserError(f"latent_scale is {self.latent_scale!r}; choose mean or sum.")
+        for name in ("latent_sigma", "latent_weight", "latent_epsilon", "latent_epsilon_high", "beta"):
+            if not (getattr(self, name) or 0) >= 0:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
+        if self.replay_tolerance is not None and not self.replay_tolerance > 0:
+            raise UserError(f"replay_tolerance is {self.replay_tolerance}; it must be above 0.")
+        if self.rollout_batch < 1:
+            raise UserError(f"rollout_batch is {self.rollout_batch}; it must be at least 1.")
+        if self.scoring_batch is not None and self.scoring_batch < 1:
+            raise UserError(f"scoring_batch is {self.scoring_batch}; it must be at least 1.")
+        require_words(self, CHOICES | TRL_CHOICES)
+        self._check_policy()
+        self.check_faults()
+
+    def _check_policy(self) -> None:
+        if self.law is not None and self.latent_sigma == 0:
+            raise UserError(
+                f"latent_policy {self.latent_policy} needs latent_sigma above 0: a latent without noise equals its "
+                "mean, so its density has no slope there and the gradient of a fresh rollout is exactly zero. Set "
+                "latent_sigma, or use latent_policy unrolled, which is exact without noise."
+            )
+        if self.latent_policy == "unrolled" and self.latent_sigma:
+            raise UserError(
+                "latent_policy unrolled recomputes latents as a function of the parameters, and noise is none: set "
+                "latent_sigma to 0, or use latent_policy gaussian."
+            )
+        if self.latent_gradient_clip is not None and not self.latent_gradient_clip > 0:
+            raise UserError(f"latent_gradient_clip is {self.latent_gradient_clip}; it must be above 0.")
+        if self.law is None:
+            refuse_unused(self, OF_DENSITIES, f"with latent_policy {self.latent_policy}")
+        if self.latent_policy != "unrolled":
+            refuse_unused(self, OF_UNROLLED, f"with latent_policy {self.latent_policy}")
+        if self.latent_policy == "unrolled" and self.gradient_checkpointing:
+            raise UserError(
+                "latent_policy unrolled computes latents with a key-value cache that carries gradients, and "
+                "transformers switches that cache off under gradient_checkpointing: set one of them otherwise."
+            )
+
+    @property
+    def law(self) -> Law | None:
+        """The density that prices latents; None if none does."""
+        if self.latent_policy == "gaussian":
+            return "gaussian"
+        return "spherical" if self.latent_policy == "spherical" else None

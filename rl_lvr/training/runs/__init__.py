@@ -1,0 +1,1 @@
+"""Any run, whatever it trains: settings, preparation, execution, its folder, callbacks, checkpoints and resuming."""
