@@ -15,7 +15,7 @@ from rl_lvr.printable import printable
 
 if TYPE_CHECKING:
     from rl_lvr.data.check import Judge, Report
-    from rl_lvr.data.records import LatentSpec, Record
+    from rl_lvr.data.record import LatentSpec, Record
 
 HELP = "check a data file, make puzzles, or look at one record"
 

@@ -12,7 +12,7 @@ from rl_lvr.errors import UserError
 
 if TYPE_CHECKING:
     from rl_lvr.data.encoding import Encoder
-    from rl_lvr.data.records import Record
+    from rl_lvr.data.record import Record
     from rl_lvr.latents.format import LatentFormat
     from rl_lvr.rollout.types import Rollout
 
@@ -157,7 +157,7 @@ def _question(args: argparse.Namespace, format_: LatentFormat, family: Any, proc
     written exactly as the model learned it."""
     from rl_lvr.data.encoding import Encoder
     from rl_lvr.data.images import ImageRef
-    from rl_lvr.data.records import Record
+    from rl_lvr.data.record import Record
     from rl_lvr.data.sources import RowError
 
     content = [{"type": "image"} for _ in args.image] + [{"type": "text", "text": args.question}]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rl_lvr.data.images import MAX_PIXELS, ImageError, ImageRef
-from rl_lvr.data.records import Record, box_outside
+from rl_lvr.data.record import Record, box_outside
 from rl_lvr.data.schema import Problem, content_text, structure_problems
 from rl_lvr.data.sources import RowError, RowSource, open_source
 from rl_lvr.errors import UserError

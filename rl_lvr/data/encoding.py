@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from rl_lvr.data.image_tokens import ImageTokens
-from rl_lvr.data.records import LatentTarget, Record, Records
+from rl_lvr.data.record import LatentTarget, Record
+from rl_lvr.data.records import Records
 from rl_lvr.data.refusals import added_tokens, refuse_control, refused
 from rl_lvr.data.schema import LATENT
 from rl_lvr.data.sources import RowError

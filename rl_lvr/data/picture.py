@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from PIL import Image, ImageDraw
 
-from rl_lvr.data.records import Box, Record
+from rl_lvr.data.record import Box, Record
 from rl_lvr.errors import UserError
 
 _WANTED = 480  # pixels of the longest side, for images smaller than that

@@ -9,7 +9,8 @@ from typing import Any
 import datasets
 
 from rl_lvr.data.encoding import Encoder
-from rl_lvr.data.records import Record, Records
+from rl_lvr.data.record import Record
+from rl_lvr.data.records import Records
 from rl_lvr.data.schema import LATENT, Problem, content_text
 from rl_lvr.data.sources import RowError
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rl_lvr.data.puzzles import SPLITS, PuzzleConfig, chance, iterate
-from rl_lvr.data.records import Record
+from rl_lvr.data.record import Record
 from rl_lvr.data.writing import write_jsonl, write_parquet
 from rl_lvr.errors import UserError
 from rl_lvr.progress import track

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from rl_lvr.data.images import ImageRef, encode_png
-from rl_lvr.data.records import LatentSpec, Record
+from rl_lvr.data.record import LatentSpec, Record
 from rl_lvr.data.schema import LATENT
 from rl_lvr.errors import UserError
 

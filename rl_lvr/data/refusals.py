@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rl_lvr.data.image_tokens import ImageTokens
-from rl_lvr.data.records import Record
+from rl_lvr.data.record import Record
 from rl_lvr.data.schema import Problem
 from rl_lvr.data.sources import RowError
 from rl_lvr.latents.text import ControlTokens, joined_parts

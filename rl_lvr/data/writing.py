@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rl_lvr.data.images import ImageRef
+from rl_lvr.data.record import LatentSpec, Record
 
 if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
-
-    from rl_lvr.data.records import LatentSpec, Record
 
 ROW_GROUP = 1000
 

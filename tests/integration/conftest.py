@@ -10,7 +10,7 @@ import torch
 from engine_cases import FORMATS, Rig
 from lab_tools import build_model, puzzles, write_puzzles
 
-from rl_lvr.data.records import Record
+from rl_lvr.data.record import Record
 from rl_lvr.data.writing import write_parquet
 from rl_lvr.latents.format import get_format
 from rl_lvr.models import load_model

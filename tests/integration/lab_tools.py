@@ -14,7 +14,7 @@ import torch
 from rl_lvr import cli
 from rl_lvr.data.encoding import Collator, Encoder
 from rl_lvr.data.puzzles import PuzzleConfig, generate
-from rl_lvr.data.records import Record
+from rl_lvr.data.record import Record
 from rl_lvr.data.writing import write_parquet
 from rl_lvr.lab.tiny import TinySpec, build_tiny
 from rl_lvr.latents.format import get_format

@@ -11,7 +11,8 @@ from lab_tools import PUZZLES, Bench, build_model, write_puzzles
 
 from rl_lvr.data.cache import encoded_records
 from rl_lvr.data.encoding import IGNORED, Encoded, Encoder
-from rl_lvr.data.records import LatentSpec, load_records
+from rl_lvr.data.record import LatentSpec
+from rl_lvr.data.records import load_records
 from rl_lvr.data.targets import target_vectors
 from rl_lvr.errors import UserError
 from rl_lvr.latents.spans import find_spans

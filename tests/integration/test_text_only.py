@@ -14,7 +14,7 @@ from vllm_cases import TEXT, thinking
 from rl_lvr.cli import main
 from rl_lvr.data.encoding import Encoder
 from rl_lvr.data.images import ImageRef
-from rl_lvr.data.records import Record
+from rl_lvr.data.record import Record
 from rl_lvr.data.sources import RowError
 from rl_lvr.latents.format import get_format
 from rl_lvr.models import family_of, load_model

@@ -14,7 +14,7 @@ from rl_lvr.data.check import require_valid
 from rl_lvr.data.encoding import Encoder
 from rl_lvr.data.image_tokens import ImageTokens
 from rl_lvr.data.prompts import PromptJudge
-from rl_lvr.data.records import Record
+from rl_lvr.data.record import Record
 from rl_lvr.data.sources import RowError
 from rl_lvr.data.writing import write_jsonl
 from rl_lvr.errors import UserError

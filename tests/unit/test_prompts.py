@@ -13,7 +13,8 @@ from PIL import Image
 from rl_lvr.data.check import require_valid
 from rl_lvr.data.encoding import Encoder
 from rl_lvr.data.prompts import PromptJudge, prompt_rows
-from rl_lvr.data.records import Record, load_records
+from rl_lvr.data.record import Record
+from rl_lvr.data.records import load_records
 from rl_lvr.data.writing import write_jsonl
 from rl_lvr.errors import UserError
 from rl_lvr.models import family_of
