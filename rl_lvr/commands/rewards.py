@@ -51,14 +51,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from rl_lvr.training.rewards.find import installed, load_entry_point
+    from rl_lvr.plugins import installed, load_entry_point
+    from rl_lvr.training.rewards.load import REWARD
 
     rows: list[dict[str, Any]] = []
-    for name, points in installed().items():
+    for name, points in installed(REWARD).items():
         for point in points:
             try:
                 with exits_refused(f"reward {name!r}"):
-                    found = load_entry_point(point)
+                    found = load_entry_point(REWARD, point)
                     facts = _facts(found.target)
             except UserError as error:  # one broken package must not hide the others
                 rows.append({"name": name, "from": point.value, "signals": [], "doc": "", "error": str(error)})

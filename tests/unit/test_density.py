@@ -15,7 +15,8 @@ from torch.distributions import Normal, kl_divergence
 from rl_lvr.errors import UserError
 from rl_lvr.latents.density import check_sigma, divergence, explore, log_density
 from rl_lvr.latents.noise import keyed_normal
-from rl_lvr.training.grpo.loss import LatentActions, Pricing, latent_loss
+from rl_lvr.training.grpo.config import LatentGRPOConfig
+from rl_lvr.training.grpo.policies import LatentActions, LatentPolicy, policy_of
 
 LAWS = ("gaussian", "spherical")
 
@@ -121,19 +122,24 @@ def actions(law: str, rows: int = 4, seed: int = 0, dtype: torch.dtype = torch.f
     return LatentActions(z, chosen, sigma, means, old, old + 0.1, advantages, torch.ones_like(advantages))
 
 
+def priced(law: str, scale: str, epsilon: float, beta: float) -> LatentPolicy:
+    config = LatentGRPOConfig(
+        "unused", latent_policy=law, latent_sigma=0.2, latent_scale=scale, latent_epsilon=epsilon, beta=beta
+    )
+    return policy_of(config)
+
+
 @pytest.mark.parametrize("law", LAWS)
 def test_the_loss_by_finite_differences(law: str) -> None:
     made = actions(law)
-    pricing = Pricing(law, "sum", 10.0, 10.0, 0.3)
+    pricing = priced(law, "sum", 10.0, 0.3)
     means = made.means.clone().requires_grad_()
-    latent_loss(replace(made, means=means), pricing).loss.backward()
+    pricing.loss(replace(made, means=means)).loss.backward()
     assert means.grad is not None
     assert float(means.grad[~made.chosen].abs().max()) == 0
     direction = torch.randn(means.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     step = 1e-6
-    up, down = (
-        float(latent_loss(replace(made, means=made.means + sign * step * direction), pricing).loss) for sign in (1, -1)
-    )
+    up, down = (float(pricing.loss(replace(made, means=made.means + sign * step * direction)).loss) for sign in (1, -1))
     assert (up - down) / (2 * step) == pytest.approx(float((means.grad * direction).sum()), rel=1e-5)
 
 
@@ -151,28 +157,26 @@ def test_the_loss_by_hand() -> None:
     )
     ratio = math.exp((0.09 - 0.04) * 2 / (2 * 0.25))  # |z|^2 - |z - 0.1|^2 over 2 sigma^2, two dimensions
     kl = 0.01 * 2 / (2 * 0.25)
-    found = latent_loss(made, Pricing("gaussian", "sum", 0.5, 0.5, 0.1))
+    found = priced("gaussian", "sum", 0.5, 0.1).loss(made)
     assert float(found.loss) == pytest.approx(-2.0 * ratio + 0.1 * kl, rel=1e-5)
     assert int(found.clipped) == 0
     half = replace(made, weights=made.weights / 2)  # as TRL weighs tokens: the policy's part, and not the KL
-    assert float(latent_loss(half, Pricing("gaussian", "sum", 0.5, 0.5, 0.1)).loss) == pytest.approx(
-        -ratio + 0.1 * kl, rel=1e-5
-    )
-    clipped = latent_loss(made, Pricing("gaussian", "sum", 0.1, 0.1, 0.0))
+    assert float(priced("gaussian", "sum", 0.5, 0.1).loss(half).loss) == pytest.approx(-ratio + 0.1 * kl, rel=1e-5)
+    clipped = priced("gaussian", "sum", 0.1, 0.0).loss(made)
     assert float(clipped.loss) == pytest.approx(-2.2, rel=1e-5)
     assert int(clipped.clipped) == 1
-    on_policy = latent_loss(replace(made, means=one, reference_means=None), Pricing("gaussian", "mean", 0.2, 0.2, 0.0))
+    on_policy = priced("gaussian", "mean", 0.2, 0.0).loss(replace(made, means=one, reference_means=None))
     assert float(on_policy.loss) == pytest.approx(-2.0)
 
 
 def test_equal_parts_of_a_batch_give_the_same_loss() -> None:
-    made, pricing = actions("gaussian"), Pricing("gaussian", "mean", 0.2, 0.2, 0.1)
+    made, pricing = actions("gaussian"), priced("gaussian", "mean", 0.2, 0.1)
 
     def part(a: int, b: int) -> LatentActions:
         return LatentActions(*(getattr(made, name)[a:b] for name in LatentActions.__dataclass_fields__))
 
-    whole = float(latent_loss(made, pricing).loss)
-    halves = [float(latent_loss(part(a, a + 2), pricing).loss) for a in (0, 2)]
+    whole = float(pricing.loss(made).loss)
+    halves = [float(pricing.loss(part(a, a + 2)).loss) for a in (0, 2)]
     assert whole == pytest.approx(sum(halves) / 2)
 
 

@@ -118,13 +118,13 @@ def test_a_broken_package_does_not_hide_the_others(
 ) -> None:
     from importlib.metadata import EntryPoint
 
-    from rl_lvr.training.rewards import find
+    from rl_lvr import plugins
 
     points = [
-        EntryPoint("broken", "no_such_module:f", find.GROUP),
+        EntryPoint("broken", "no_such_module:f", "rl_lvr.rewards"),
         EntryPoint("ok", "rewards.presence:presence", ""),
     ]
-    monkeypatch.setattr(find, "entry_points", lambda group: points)
+    monkeypatch.setattr(plugins, "entry_points", lambda group: points)
     assert main(["rewards", "list"]) == 0
     out = capsys.readouterr().out
     assert "there is no module 'no_such_module'" in out

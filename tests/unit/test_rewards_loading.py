@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rl_lvr import plugins
 from rl_lvr.errors import UserError
-from rl_lvr.training.rewards import find
 from rl_lvr.training.rewards.load import Schedule, load_rewards, require_whole_groups, signals_of, weights_at
 
 OWN = '''
@@ -232,11 +232,11 @@ def test_entries_come_through_a_recipe_file(tmp_path: Path) -> None:
 def test_two_packages_with_one_name_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     from importlib.metadata import EntryPoint
 
-    points = [EntryPoint("same", f"rewards.{m}", find.GROUP) for m in ("accuracy:accuracy", "presence:presence")]
-    monkeypatch.setattr(find, "entry_points", lambda group: [*points, points[0]])
+    points = [EntryPoint("same", f"rewards.{m}", "rl_lvr.rewards") for m in ("accuracy:accuracy", "presence:presence")]
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [*points, points[0]])
     with pytest.raises(UserError, match=r"2 installed packages have a reward 'same': write rewards.accuracy:acc.* or"):
         load_rewards(["same"])
-    monkeypatch.setattr(find, "entry_points", lambda group: [points[0], points[0]])
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [points[0], points[0]])
     assert load_rewards(["same"])[0].where == "rewards.accuracy:accuracy (an unknown package)"
 
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from rl_lvr.errors import UserError
 from rl_lvr.latents.batch import LatentBatch
-from rl_lvr.latents.density import check_sigma
 from rl_lvr.latents.format import FormatIds, LatentFormat
 from rl_lvr.latents.text import ControlTokens
 from rl_lvr.rollout.replay import check_parity
@@ -21,6 +20,7 @@ from rl_lvr.rollout.types import Sampling
 from rl_lvr.signals import between_samples, pooled
 from rl_lvr.training.grpo.batch import ROW_SHARE, Turn, replay_difference, require_agreement
 from rl_lvr.training.grpo.config import WITH_LATENTS, WITHOUT_LATENTS, LatentGRPOConfig
+from rl_lvr.training.grpo.policies import policy_of
 from rl_lvr.training.grpo.scoring import own_latents
 from rl_lvr.training.grpo.timing import TimedGRPO
 from rl_lvr.training.runs.faults import RULES, Unopened, agree
@@ -115,7 +115,7 @@ class CheckedGRPO(TimedGRPO):
             turn.old_means,
             logprobs,
             attention_mask,
-            self.args.law or "gaussian",
+            turn.sampling.noise,
         )
         for name, what, part in (
             ("replay_logp_diff", "log-probs", found.logp),
@@ -233,22 +233,7 @@ def check_settings(args: LatentGRPOConfig, latent_format: LatentFormat, hidden_s
             "loss_type vespo needs vllm_importance_sampling_mode token_truncate or token_mask, not "
             f"{args.vllm_importance_sampling_mode}."
         )
-    if args.latent_policy != "context" and latent_format.feedback == "none":
-        raise UserError(
-            f"latent format {latent_format.name!r} generates no latents, so latent_policy {args.latent_policy} has "
-            "nothing to price: use context."
-        )
-    if args.law is not None:
-        check_sigma(args.law, args.latent_sigma, hidden_size)
-
-
-def refuse_dropout(policy: str, name: str, probability: float) -> None:
-    """A policy that prices latents, or recomputes them, has to see those of the rollout, which dropout changes."""
-    if policy != "context" and probability > 0:
-        raise UserError(
-            f"latent_policy {policy} holds latents of the policy pass against those of the rollout, and {name} "
-            f"({probability:g}) changes them in training alone: set {name} to 0."
-        )
+    policy_of(args).check_format(latent_format, hidden_size)
 
 
 def dropout_of(model: nn.Module) -> tuple[str, float]:

@@ -7,14 +7,13 @@ from typing import Any
 
 from trl import GRPOConfig
 
-from rl_lvr.errors import UserError, near_miss
-from rl_lvr.latents.density import Law
+from rl_lvr.errors import UserError
+from rl_lvr.training.grpo.policies import policy_of
 from rl_lvr.training.runs.faults import RolloutSettings
 from rl_lvr.training.runs.settings import (
     CHOICES,
     ON_LATENTS,
     Defaults,
-    refuse_unused,
     require_finite,
     require_words,
     settle_device,
@@ -29,7 +28,6 @@ TRL_CHOICES: dict[str, tuple[Any, ...]] = {
     "vllm_mode": ("colocate", "server"),
 }
 """What TRL looks at in the first loss, after a whole generation batch."""
-POLICIES = ("context", "unrolled", "gaussian", "spherical")
 _ENGINE = "the trainer's engine generates: its options are in docs/engines.md"
 WITH_LATENTS = ON_LATENTS | {
     "use_vllm": "it generates without latents: give the trainer an engine",
@@ -63,6 +61,7 @@ WITHOUT_LATENTS = {
     **dict.fromkeys(
         (
             "latent_policy",
+            "latent_policy_options",
             "latent_sigma",
             "latent_weight",
             "latent_gradient_clip",
@@ -88,23 +87,24 @@ WITHOUT_LATENTS = {
     ),
 }
 """Settings of `LatentGRPOConfig` that training without latents leaves nothing to read, and why."""
-OF_DENSITIES = dict.fromkeys(
-    ("latent_weight", "latent_scale", "latent_epsilon", "latent_epsilon_high"), "latents have no loss of their own"
-)
-"""Settings that a policy without a density of latents leaves nothing to read, and why."""
-OF_UNROLLED = {"latent_gradient_clip": "no gradient flows along the latents"}
 
 
 @dataclass
 class LatentGRPOConfig(RolloutSettings, Defaults, GRPOConfig):
     """Everything of TRL's `GRPOConfig` works as well, but for what the trainer refuses with the reason."""
 
+    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "latent_policy_options"]  # noqa: RUF012, as transformers has it
+
     latent_policy: str = field(
         default="context",
         metadata={
             "help": "context: latents are fixed inputs. unrolled: the gradient of the text also flows through the "
-            "recurrence that made them. gaussian, spherical: latents are drawn with noise and priced by its density."
+            "recurrence that made them. gaussian, spherical: latents are drawn with noise and priced by its density. "
+            "One of your own: package.module:Class, path/file.py:Class, or an installed name (docs/grpo.md)."
         },
+    )
+    latent_policy_options: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Options of a latent policy of your own."}
     )
     latent_sigma: float = field(
         default=0.0, metadata={"help": "Standard deviation of the exploration noise on latents, per dimension."}
@@ -170,9 +170,6 @@ class LatentGRPOConfig(RolloutSettings, Defaults, GRPOConfig):
     def check(self) -> None:
         """Refuse what cannot be in the settings that are added to TRL's."""
         require_finite(self)
-        if self.latent_policy not in POLICIES:
-            hint = near_miss(self.latent_policy, POLICIES, f"; choose {', '.join(POLICIES)}.")
-            raise UserError(f"no latent_policy {self.latent_policy!r}{hint}")
         if self.latent_scale not in ("mean", "sum"):
             raise UserError(f"latent_scale is {self.latent_scale!r}; choose mean or sum.")
         for name in ("latent_sigma", "latent_weight", "latent_epsilon", "latent_epsilon_high", "beta"):
@@ -185,36 +182,5 @@ class LatentGRPOConfig(RolloutSettings, Defaults, GRPOConfig):
         if self.scoring_batch is not None and self.scoring_batch < 1:
             raise UserError(f"scoring_batch is {self.scoring_batch}; it must be at least 1.")
         require_words(self, CHOICES | TRL_CHOICES)
-        self._check_policy()
+        policy_of(self)  # refuses what does not go with it
         self.check_faults()
-
-    def _check_policy(self) -> None:
-        if self.law is not None and self.latent_sigma == 0:
-            raise UserError(
-                f"latent_policy {self.latent_policy} needs latent_sigma above 0: a latent without noise equals its "
-                "mean, so its density has no slope there and the gradient of a fresh rollout is exactly zero. Set "
-                "latent_sigma, or use latent_policy unrolled, which is exact without noise."
-            )
-        if self.latent_policy == "unrolled" and self.latent_sigma:
-            raise UserError(
-                "latent_policy unrolled recomputes latents as a function of the parameters, and noise is none: set "
-                "latent_sigma to 0, or use latent_policy gaussian."
-            )
-        if self.latent_gradient_clip is not None and not self.latent_gradient_clip > 0:
-            raise UserError(f"latent_gradient_clip is {self.latent_gradient_clip}; it must be above 0.")
-        if self.law is None:
-            refuse_unused(self, OF_DENSITIES, f"with latent_policy {self.latent_policy}")
-        if self.latent_policy != "unrolled":
-            refuse_unused(self, OF_UNROLLED, f"with latent_policy {self.latent_policy}")
-        if self.latent_policy == "unrolled" and self.gradient_checkpointing:
-            raise UserError(
-                "latent_policy unrolled computes latents with a key-value cache that carries gradients, and "
-                "transformers switches that cache off under gradient_checkpointing: set one of them otherwise."
-            )
-
-    @property
-    def law(self) -> Law | None:
-        """The density that prices latents; None if none does."""
-        if self.latent_policy == "gaussian":
-            return "gaussian"
-        return "spherical" if self.latent_policy == "spherical" else None

@@ -19,9 +19,10 @@ from rl_lvr.data.records import load_records
 from rl_lvr.errors import UserError
 from rl_lvr.latents.format import LatentFormat
 from rl_lvr.signals import parse_signals
-from rl_lvr.training.grpo.checks import check_settings, refuse_dropout, refuse_latent_settings
+from rl_lvr.training.grpo.checks import check_settings, refuse_latent_settings
 from rl_lvr.training.grpo.columns import require_columns
 from rl_lvr.training.grpo.engines import check_engine, make_engine
+from rl_lvr.training.grpo.policies import policy_of
 from rl_lvr.training.grpo.recipe import WITHOUT_EFFECT, GRPORecipe
 from rl_lvr.training.grpo.trainer import LatentGRPOTrainer
 from rl_lvr.training.rewards.load import MADE_BY_TRAINER, RewardSpec, load_rewards, signals_of
@@ -44,7 +45,7 @@ def train_grpo(config: GRPORecipe, model_config: ModelConfig, given: dict[str, A
     if "lora_dropout" not in given:
         model_config.lora_dropout = 0.0  # TRL's 0.05 makes the ratios of a fresh rollout other than 1
     if start.latent_format is not None and model_config.use_peft:
-        refuse_dropout(config.latent_policy, "lora_dropout", model_config.lora_dropout)
+        policy_of(config).check_dropout("lora_dropout", model_config.lora_dropout)
     specs = load_rewards(config.rewards, None if recipe is None else recipe.parent)
     quiet.transformers()
     if config.threads:

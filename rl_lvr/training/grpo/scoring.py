@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from rl_lvr.forward.batch import ReplayBatch
 from rl_lvr.forward.inject import inject
-from rl_lvr.forward.unrolling import unrolled
 from rl_lvr.latents.batch import LatentBatch
 from rl_lvr.latents.feedback import NAME as FEEDBACK
 from rl_lvr.latents.feedback import feedback
@@ -21,6 +20,7 @@ from rl_lvr.models import family_of
 from rl_lvr.rollout.sampling import end_or_not
 from rl_lvr.signals import Column, SignalSpec, measure
 from rl_lvr.training.grpo.inputs import without_empty_images
+from rl_lvr.training.grpo.policies import PassInputs
 from rl_lvr.wrapping import sharded, unwrapped
 
 _OUT = -1e4
@@ -48,21 +48,19 @@ class FedModel:
         markers: FormatIds,
         temperature: float,
         *,
-        unroll: bool = False,
-        clip: float | None = None,
+        recompute: Callable[[LatentBatch, PassInputs], LatentBatch] | None = None,
         means: bool = True,
         signals: Sequence[SignalSpec] = (),
         images_per_row: Sequence[int] | None = None,
     ) -> None:
         """`latents` of all rows, positions in the padded ids, whose completions begin at `start`.
 
-        `clip` is that of `unrolled`.
+        `recompute` returns what is fed instead of them (`LatentPolicy.latents`).
         """
         self._images_per_row = images_per_row
         self._model, self._markers, self._temperature = model, markers, temperature
         self._latents, self._start = latents, start
-        self._clip = clip
-        self._unroll, self._wants_means, self._signals = unroll, means, signals
+        self._recompute, self._wants_means, self._signals = recompute, means, signals
         self._family = family_of(model)
         self._next = 0
         self._means: list[Tensor] = []
@@ -70,7 +68,7 @@ class FedModel:
         self.logprobs: Tensor | None = None
         """[B, C], what the pass found in the end; set by the trainer."""
         self.unroll_difference = 0.0
-        """The largest |recomputed - recorded| element of a latent, where `unroll`."""
+        """The largest |recomputed - recorded| element of a latent, where there is `recompute`."""
         self.columns: dict[str, Column] = {}
         """The signals, by name."""
 
@@ -94,10 +92,9 @@ class FedModel:
         images = {key: inputs[key] for key in self._family.image_keys if key in inputs}
         # Explicit positions, as the engines': transformers would guess 1-D ones for M-RoPE batches without an image.
         inputs["position_ids"] = self._family.positions(self._model, input_ids, attention_mask, images).prefill
-        if self._unroll:
-            fed = unrolled(
-                self._model, input_ids, attention_mask, images, latents, self._start, self._markers, self._clip
-            )
+        if self._recompute is not None:
+            given = PassInputs(self._model, input_ids, attention_mask, images, self._start, self._markers)
+            fed = self._recompute(latents, given)
             if fed.values.numel():
                 difference = float((fed.values.detach() - latents.values).abs().max())
                 self.unroll_difference = max(self.unroll_difference, difference)

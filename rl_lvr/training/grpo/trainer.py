@@ -35,7 +35,6 @@ from rl_lvr.training.grpo.checks import (
     CheckedGRPO,
     check_settings,
     dropout_of,
-    refuse_dropout,
     refuse_latent_settings,
 )
 from rl_lvr.training.grpo.columns import (
@@ -51,7 +50,7 @@ from rl_lvr.training.grpo.config import ARGUMENTS_WITH_LATENTS, LatentGRPOConfig
 from rl_lvr.training.grpo.engines import refuse_length
 from rl_lvr.training.grpo.filtering import Kept, drops_idle, level_rows
 from rl_lvr.training.grpo.inputs import WithoutEmptyImages, processed_once, with_image_lists
-from rl_lvr.training.grpo.loss import LatentActions, Pricing, latent_loss
+from rl_lvr.training.grpo.policies import LatentActions, policy_of
 from rl_lvr.training.grpo.scoring import FedModel, own_latents
 from rl_lvr.training.rewards.load import require_whole_groups, signals_of, weights_at
 from rl_lvr.training.rewards.models import text_for_models
@@ -179,9 +178,9 @@ class LatentGRPOTrainer(CheckedGRPO):
         config: LatentGRPOConfig = self.args
         require_columns(self.specs)
         require_whole_groups(self.specs, config)
-        refuse_dropout(config.latent_policy, *dropout_of(self.model))
-        if config.latent_policy == "context" and hasattr(unwrapped(self.model), FEEDBACK):
-            # Latents are fixed inputs of the policy pass: nothing in it has a gradient, and DDP would wait for one.
+        self.policy = policy_of(config)
+        self.policy.check_dropout(*dropout_of(self.model))
+        if not self.policy.has_gradient and hasattr(unwrapped(self.model), FEEDBACK):
             getattr(unwrapped(self.model), FEEDBACK).requires_grad_(False)
         if engine is None:
             engine = HFRolloutEngine(self.model, self.processing_class, latent_format, batch_size=config.rollout_batch)
@@ -203,15 +202,15 @@ class LatentGRPOTrainer(CheckedGRPO):
                 "the engine vllm."
             )
         self._guard_engine(engine)
-        self.sampling = Sampling(
-            max_tokens=config.max_completion_length,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=config.top_k,
-            min_p=config.min_p or 0.0,
-            repetition_penalty=config.repetition_penalty,
-            sigma=config.latent_sigma,
-            noise=config.law or "gaussian",
+        self.sampling = self.policy.explored(
+            Sampling(
+                max_tokens=config.max_completion_length,
+                temperature=config.temperature,
+                top_p=config.top_p,
+                top_k=config.top_k,
+                min_p=config.min_p or 0.0,
+                repetition_penalty=config.repetition_penalty,
+            )
         )
         self._rolls_out_again = rolls_out_again(self.specs)
         if self._rolls_out_again and Capability.INTERVENTIONS not in engine.capabilities:
@@ -219,8 +218,7 @@ class LatentGRPOTrainer(CheckedGRPO):
                 f"the engine {type(engine).__name__} cannot leave latents out, which a reward that takes "
                 "a reward of necessity needs: use the engine hf or vllm, or leave the reward out."
             )
-        needed = Capability.SPHERICAL_NOISE if config.law == "spherical" else Capability.NOISE
-        if config.latent_sigma and needed not in engine.capabilities:
+        if self.sampling.sigma and self.policy.noise_capability not in engine.capabilities:
             raise UserError(f"the engine draws no {self.sampling.noise} noise: use the engine hf, or another policy.")
         # TRL then scores every generation batch at once and corrects for the engine's log-probs, as for vLLM's.
         self._corrects = config.vllm_importance_sampling_correction
@@ -346,7 +344,7 @@ class LatentGRPOTrainer(CheckedGRPO):
         assert turn.latents is not None
         assert turn.old_means is not None
         output |= turn.latents.as_tensors()
-        if self.args.law is not None:
+        if self.policy.has_loss:
             output["latent_old_means"] = turn.old_means
             if turn.reference_means is not None:
                 output["latent_reference_means"] = turn.reference_means
@@ -415,9 +413,8 @@ class LatentGRPOTrainer(CheckedGRPO):
             start,
             markers,
             self.temperature,
-            unroll=self.args.latent_policy == "unrolled" and not scores,
-            clip=self.args.latent_gradient_clip,
-            means=scores or self.args.law is not None,
+            recompute=self.policy.latents if self.policy.recomputes and not scores else None,
+            means=scores or self.policy.has_loss,
             signals=self.signals if scores else (),
             images_per_row=others.get("num_images"),
         )
@@ -436,7 +433,7 @@ class LatentGRPOTrainer(CheckedGRPO):
         if turn is not None and scores:
             turn.latents, turn.old_means, turn.columns = latents, fed.means, fed.columns
             self._check_replay(turn, result[0], attention_mask)
-        elif turn is not None and self.args.law is not None:
+        elif turn is not None and self.policy.has_loss:
             turn.reference_means = fed.means
         return result
 
@@ -519,9 +516,9 @@ class LatentGRPOTrainer(CheckedGRPO):
             self._add_mean(mode, "frac_dropped", float((~kept.mask).sum()), len(kept.mask))
         fed = self._fed
         assert fed is not None
-        if self.args.latent_policy == "unrolled":
+        if self.policy.recomputes:
             self._add_max(mode, "latent/unroll_difference", fed.unroll_difference)
-        if self.args.law is not None:
+        if self.policy.has_loss:
             loss = loss + self._latent_term(fed, kept, inputs, mode)
         self._fed = None
         return self._checked_loss(loss)
@@ -548,7 +545,7 @@ class LatentGRPOTrainer(CheckedGRPO):
             advantages=inputs["advantages"],
             weights=self._row_weights(fed.logprobs, inputs),
         )
-        found = latent_loss(actions, self._pricing)
+        found = self.policy.loss(actions)
         count = int(found.count)
         for name, value in (("clip_ratio", found.clipped), ("ratio", found.ratio)):
             self._add_mean(mode, f"latent/{name}", float(value), count)
@@ -576,11 +573,3 @@ class LatentGRPOTrainer(CheckedGRPO):
                 )[:, 0]
             )
         return weights
-
-    @property
-    def _pricing(self) -> Pricing:
-        args: LatentGRPOConfig = self.args
-        high = args.latent_epsilon if args.latent_epsilon_high is None else args.latent_epsilon_high
-        assert args.law is not None
-        scale: Any = args.latent_scale
-        return Pricing(args.law, scale, args.latent_epsilon, high, self.beta)

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from rl_lvr.errors import UserError, exits_refused, near_miss
+from rl_lvr.plugins import Found, Kind, find
 from rl_lvr.training.rewards.call import RewardError, guard
-from rl_lvr.training.rewards.find import Found, find
 from rl_lvr.training.rewards.options import FROM_TRAINER, options_of, signal_names, with_options
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "weights_at",
 ]
 
+REWARD = Kind("reward", "rl_lvr.rewards")
 KEYS = ("name", "label", "weight", "schedule", "signals", "options", "on_error", "timeout")
 TIMEOUT = 300.0
 MADE_BY_TRAINER = {
@@ -148,7 +149,7 @@ def require_whole_groups(specs: Sequence[RewardSpec], args: Any) -> None:
 
 def _load(fields: Mapping[str, Any], beside: Path | None) -> RewardSpec:
     name = fields["name"]
-    found = find(name, beside)
+    found = find(REWARD, name, beside)
     options = fields.get("options") or {}
     if not isinstance(options, Mapping):
         raise UserError(f"reward {name!r}: options are {options!r}; write them as name: value.")
@@ -165,7 +166,9 @@ def _load(fields: Mapping[str, Any], beside: Path | None) -> RewardSpec:
     weight = fields.get("weight", 1.0)
     if not _finite(weight):
         raise UserError(f"reward {name!r}: weight is {weight!r}; it must be a number.")
-    reward = with_options(found.target, options, name)
+    reward = with_options(found.target, options, f"reward {name!r}")
+    if not callable(reward):
+        raise UserError(f"reward {name!r} is a class whose objects cannot be called: give it __call__.")
     signals = _signals(name, reward, found, fields.get("signals", ()))
     return RewardSpec(
         name=label,

@@ -28,28 +28,29 @@ FROM_TRAINER = frozenset(
 _PLAIN = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
 
-def with_options(target: Callable[..., Any], given: Mapping[str, Any], reward: str) -> Callable[..., Any]:
-    """The reward with its options: a function with them bound, or an object of a class constructed with them."""
-    known = options_of(target)
+def with_options(target: Callable[..., Any], given: Mapping[str, Any], what: str, **ours: Any) -> Callable[..., Any]:
+    """`target` with its options: a function with them bound, or an object of a class constructed with them.
+
+    `what` names it in messages; `ours` are arguments of a class that are no options.
+    """
+    known = {name: parameter for name, parameter in options_of(target).items() if name not in ours}
     for name in given:
         if name not in known:
             hint = near_miss(name, known)
-            raise UserError(f"reward {reward!r} has no option {name!r}{hint} Options: {', '.join(known) or 'none'}.")
+            raise UserError(f"{what} has no option {name!r}{hint} Options: {', '.join(known) or 'none'}.")
     missing = [n for n, p in known.items() if inspect.isclass(target) and p.default is p.empty and n not in given]
     if missing:
         raise UserError(
-            f"reward {reward!r} needs the option {missing[0]!r}: write it below options (or --option {missing[0]}=...)."
+            f"{what} needs the option {missing[0]!r}: write it below options (or --option {missing[0]}=...)."
         )
     hints = _hints(target)
-    values = {name: _checked(f"reward {reward!r}: {name}", given[name], hints.get(name, Any)) for name in given}
+    values = {name: _checked(f"{what}: {name}", given[name], hints.get(name, Any)) for name in given}
     if not inspect.isclass(target):
         return functools.partial(target, **values) if values else target
     try:
-        built: Any = target(**values)
+        built: Any = target(**ours, **values)
     except (ValueError, TypeError) as error:
-        raise UserError(f"reward {reward!r}: {error}") from error
-    if not callable(built):
-        raise UserError(f"reward {reward!r} is a class whose objects cannot be called: give it __call__.")
+        raise UserError(f"{what}: {error}") from error
     return built
 
 
