@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from rl_lvr.agreement import from_all
 from rl_lvr.errors import UserError
 
 CURE = "the run that wrote it has failed; use an earlier checkpoint, or fetch the model again"
@@ -51,11 +52,8 @@ def require_finite(model: nn.Module, what: str) -> None:
         UserError: It names the weight. `what` stands for the model.
     """
     name = first_not_finite(model)
-    spread = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-    if spread and torch.distributed.is_initialized():
-        names: list[str | None] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(names, name)
-        name = next((found for found in names if found is not None), None)
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        name = next((found for found in from_all(name) if found is not None), None)
     if name is not None:
         raise UserError(f"{name} of {what} is not finite (it holds NaN or infinity): {CURE}.")
 

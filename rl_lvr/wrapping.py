@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 
 def unwrapped(model: nn.Module) -> Any:
@@ -34,13 +33,22 @@ def sharded(model: nn.Module) -> bool:
     return hasattr(input_embeddings(model).weight, "ds_id")
 
 
-@contextmanager
-def whole(weight: Tensor) -> Iterator[None]:
-    """Gathers a weight that ZeRO-3 has spread over the ranks: what is left of it here is empty."""
-    if not hasattr(weight, "ds_id"):
-        yield
-        return
-    import deepspeed
+def gathered(*parameters: Any, write: bool = False) -> AbstractContextManager[Any]:
+    """Return a context in which parameters that ZeRO-3 has sharded are whole. All processes have to enter it.
 
-    with deepspeed.zero.GatheredParameters([weight]):
-        yield
+    Parameters that are whole already, as a tied embedding in use is, are left alone; None and tensors that are not
+    sharded too. With `write`, what the first process changes reaches all of them.
+    """
+    sharded = {id(p): p for p in parameters if hasattr(p, "ds_id")}.values()
+    if not sharded:
+        return nullcontext()
+    import deepspeed
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    missing = [p for p in sharded if p.ds_status != ZeroParamStatus.AVAILABLE]
+    if not missing:
+        return nullcontext()
+    context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(
+        missing, modifier_rank=0 if write else None
+    )
+    return context

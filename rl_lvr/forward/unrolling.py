@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rl_lvr.agreement import largest
 from rl_lvr.forward.inject import inject
 from rl_lvr.latents.batch import LatentBatch
 from rl_lvr.latents.feedback import feedback
@@ -60,7 +61,8 @@ def unrolled(
     runs = [_runs(latents.positions[row].tolist(), start) for row in range(len(latents))]
     longest = [max(run.length for run in current if run) for current in zip_longest(*runs)]
     if sharded(model):
-        longest = _of_all_processes(longest, ids.device)
+        (count,) = largest(len(longest))
+        longest = largest(*longest, *[0] * (count - len(longest)))
     if not longest:
         return latents
     reader = _Reader(model, ids, mask, images)
@@ -99,17 +101,6 @@ def _shortened(times: float, gradient: Tensor) -> Tensor:
     if not len(felt):
         return gradient
     return gradient * (times * felt.median() / lengths.clamp_min(SMALLEST)).clamp_max(1.0).to(gradient.dtype)
-
-
-def _of_all_processes(longest: list[int], device: torch.device) -> list[int]:
-    """The largest of each number among all processes, and as many of them as any has."""
-    count = torch.tensor(len(longest), device=device)
-    torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MAX)
-    most = torch.zeros(int(count), dtype=torch.long, device=device)
-    most[: len(longest)] = torch.tensor(longest, dtype=torch.long)
-    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-    found: list[int] = most.tolist()
-    return found
 
 
 def _runs(positions: list[int], start: int) -> list[_Run]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rl_lvr.errors import UserError
 from rl_lvr.finite import CURE, finite
 from rl_lvr.latents.format import LatentFormat
-from rl_lvr.wrapping import input_embeddings, unwrapped, whole
+from rl_lvr.wrapping import gathered, input_embeddings, unwrapped
 
 NAME = "latent_proj"
 
@@ -79,7 +79,7 @@ def attach_feedback(
             f"the checkpoint in {folder} has no weights {NAME}.*, which latent format {format.name!r} needs."
         )
     elif format.norm == "embedding":
-        with whole(embedding.weight), torch.no_grad():
+        with gathered(embedding.weight), torch.no_grad():
             module.embedding_norm.fill_(embedding.weight.float().norm(dim=-1).mean())
     base.add_module(NAME, module.to(embedding.weight.device, embedding.weight.dtype))
 

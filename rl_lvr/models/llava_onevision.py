@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rl_lvr.models.base import Family, TokenGrid
-from rl_lvr.wrapping import whole
+from rl_lvr.wrapping import gathered
 
 
 class LlavaOnevision(Family):
@@ -78,7 +78,7 @@ class LlavaOnevision(Family):
         if not images:
             return []
         core = self.core(model)
-        with whole(core.image_newline):  # it belongs to the core, whose own forward does not run here
+        with gathered(core.image_newline):  # it belongs to the core, whose own forward does not run here
             features = core.get_image_features(**images).pooler_output
         return self._as_embeddings(model, features)
 

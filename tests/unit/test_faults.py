@@ -13,13 +13,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 
+from rl_lvr.agreement import agree, agreed, from_first
 from rl_lvr.errors import Fault, UserError
 from rl_lvr.latents.format import FormatIds, LatentFormat
 from rl_lvr.latents.interventions import Intervention
 from rl_lvr.locking import folder_held
 from rl_lvr.rollout.types import Rollout, StopReason
-from rl_lvr.training.runs.checkpoints import from_main
-from rl_lvr.training.runs.faults import RULES, Idle, Unopened, agree, agreed, kinds_of, rules_of, sort_rollouts, watched
+from rl_lvr.training.runs.faults import RULES, Idle, Unopened, kinds_of, rules_of, sort_rollouts, watched
 from rl_lvr.training.runs.folder import run_held
 
 START, SLOT, END, TEXT, EOS = 11, 12, 13, 14, 15
@@ -92,7 +92,7 @@ def test_wrong_rules_are_refused(given: Any, message: str) -> None:
         rules_of(given)
 
 
-def test_a_call_is_asked_again_as_often_as_it_may(accelerator: Accelerator) -> None:
+def test_a_call_is_asked_again_as_often_as_it_may() -> None:
     calls: list[int] = []
 
     def flaky() -> str:
@@ -101,16 +101,16 @@ def test_a_call_is_asked_again_as_often_as_it_may(accelerator: Accelerator) -> N
             raise ConnectionError("gone")
         return "here"
 
-    assert agreed(accelerator, "the engine failed", flaky, retries=2, pause=0.0) == "here"
+    assert agreed("the engine failed", flaky, retries=2, pause=0.0) == "here"
     assert len(calls) == 3
     calls.clear()
     with pytest.raises(Fault, match=r"^the engine failed: ConnectionError: gone\.$") as caught:
-        agreed(accelerator, "the engine failed", flaky, retries=1, pause=0.0)
+        agreed("the engine failed", flaky, retries=1, pause=0.0)
     assert isinstance(caught.value.__cause__, ConnectionError)
     assert caught.value.exit_code == 1
     assert UserError("x").exit_code == 2
     with pytest.raises(Fault, match=r"^the engine failed: it said no\.$"):
-        agreed(accelerator, "the engine failed", lambda: (_ for _ in ()).throw(UserError("it said no.")))
+        agreed("the engine failed", lambda: (_ for _ in ()).throw(UserError("it said no.")))
 
 
 def asked_by_two(rank: int, port: int, place: Path, results: Any) -> None:
@@ -119,7 +119,7 @@ def asked_by_two(rank: int, port: int, place: Path, results: Any) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     PartialState._reset_state()
     AcceleratorState._reset_state(True)
-    both = Accelerator(cpu=True)
+    Accelerator(cpu=True)
     calls: list[int] = []
 
     def collective() -> int:
@@ -137,11 +137,11 @@ def asked_by_two(rank: int, port: int, place: Path, results: Any) -> None:
     def full() -> None:
         raise OSError("the disk is full")
 
-    results.put((rank, agreed(both, "the engine failed", collective, retries=1, pause=0.0), len(calls)))
+    results.put((rank, agreed("the engine failed", collective, retries=1, pause=0.0), len(calls)))
     with pytest.raises(UserError, match="is in use"):
         hold()
     with pytest.raises(UserError if rank else OSError, match="the disk is full"):
-        from_main(full)
+        from_first(full)
     torch.distributed.destroy_process_group()
 
 
@@ -172,14 +172,14 @@ def test_all_processes_ask_again_where_one_has_to(tmp_path: Path) -> None:
     assert sorted(results.get() for _ in range(2)) == [(0, 200, 2), (1, 200, 2)]
 
 
-def test_a_call_that_returns_none_succeeded(accelerator: Accelerator) -> None:
-    assert agreed(accelerator, "the engine failed", lambda: None) is None
+def test_a_call_that_returns_none_succeeded() -> None:
+    assert agreed("the engine failed", lambda: None) is None
 
 
-def test_agreeing_on_nothing_is_silent(accelerator: Accelerator) -> None:
-    agree(accelerator, None)
+def test_agreeing_on_nothing_is_silent() -> None:
+    agree(None)
     with pytest.raises(Fault, match=r"^a problem\.$"):
-        agree(accelerator, "a problem")
+        agree("a problem")
 
 
 def test_errors_of_rewards_wait(caplog: pytest.LogCaptureFixture) -> None:

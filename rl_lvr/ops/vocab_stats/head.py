@@ -6,13 +6,14 @@ The head's own forward is bypassed, so what it would apply has to be found here,
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rl_lvr.errors import UserError
+from rl_lvr.wrapping import gathered
 
 
 class HeadWeights(NamedTuple):
@@ -38,7 +39,7 @@ def head_weights(head: nn.Module) -> Iterator[HeadWeights]:
     sharded = list({id(p): p for p in parameters if hasattr(p, "ds_id")}.values())
     with ExitStack() as stack:
         if sharded:
-            stack.enter_context(_gathered(sharded))
+            stack.enter_context(gathered(*sharded))
             stack.enter_context(_gathered_again_for_backward(sharded))
         lora = None
         if adapters:
@@ -91,15 +92,6 @@ def _adapters(head: Any) -> list[Adapter]:
     return found
 
 
-def _gathered(parameters: list[Any]) -> Any:
-    """Whole parameters in a context; those that are whole already, as a tied embedding in use is, stay so."""
-    import deepspeed
-    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-
-    missing = [p for p in parameters if p.ds_status != ZeroParamStatus.AVAILABLE]
-    return deepspeed.zero.GatheredParameters(missing) if missing else nullcontext()
-
-
 @contextmanager
 def _gathered_again_for_backward(parameters: list[nn.Parameter]) -> Iterator[None]:
     """Autograd saves a sharded parameter as its place in `parameters`, and gathers it when backward asks for it."""
@@ -113,7 +105,7 @@ def _gathered_again_for_backward(parameters: list[nn.Parameter]) -> Iterator[Non
     def unpack(saved: Tensor | int) -> Tensor:
         if isinstance(saved, Tensor):
             return saved
-        with _gathered([parameters[saved]]):
+        with gathered(parameters[saved]):
             return parameters[saved].detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):

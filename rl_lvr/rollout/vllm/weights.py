@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rl_lvr.errors import UserError
-from rl_lvr.wrapping import sharded, unwrapped
+from rl_lvr.wrapping import gathered, sharded, unwrapped
 
 PROBES = 16
 """Embedding rows that are read back, and inputs that the output head is given."""
@@ -167,7 +167,7 @@ def checkpoint_weights(
     tied = base.config.get_text_config().tie_word_embeddings
     embedding, looked_up = base.get_input_embeddings().weight, 0.0
     for units in _buckets(base, bucket):
-        with _gathered([value for unit in units for value in unit.parameters]):
+        with gathered(*(value for unit in units for value in unit.parameters)):
             for unit in units:
                 for name, value in unit.weights():
                     if value.numel() == 0:
@@ -280,18 +280,6 @@ def _buckets(base: Any, bucket: int) -> Iterator[list[_Unit]]:
         size += unit.size
     if units:
         yield units
-
-
-def _gathered(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
-    """The whole weights where ZeRO-3 has spread them over ranks."""
-    spread: list[Any] = [p for p in parameters if hasattr(p, "ds_id")]
-    if not spread:
-        return nullcontext()
-    import deepspeed
-    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-
-    missing = [p for p in spread if p.ds_status != ZeroParamStatus.AVAILABLE]
-    return deepspeed.zero.GatheredParameters(missing) if missing else nullcontext()
 
 
 def _released(name: str, config: Any) -> str:

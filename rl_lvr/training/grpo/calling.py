@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import gather_object
 from torch import Tensor
 
+from rl_lvr.agreement import agreed, from_all
 from rl_lvr.errors import UserError
 from rl_lvr.training.grpo.columns import texts_of
 from rl_lvr.training.grpo.guard import GuardedGRPO
@@ -24,7 +24,6 @@ from rl_lvr.training.rewards.state import (
     state_of,
     unpack,
 )
-from rl_lvr.training.runs.faults import agreed
 from rl_lvr.training.runs.resuming import Moment
 
 STATE_FILE = "rewards.json"
@@ -95,8 +94,8 @@ class RewardedGRPO(GuardedGRPO):
         """Let every reward that shares its state know what all processes found; what evaluation found is dropped."""
         for name, state in self._states.items():
             if isinstance(state, SharedReward):
-                part = agreed(self.accelerator, f"reward {name!r}: pending() failed", state.pending)
-                parts = gather_object([part]) if self.args.world_size > 1 else [part]
+                part = agreed(f"reward {name!r}: pending() failed", state.pending)
+                parts = from_all(part)
                 if self._mode == "train":
                     state.merge(parts)
 

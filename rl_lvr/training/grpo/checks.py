@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rl_lvr.agreement import agree
 from rl_lvr.errors import UserError
 from rl_lvr.latents.batch import LatentBatch
 from rl_lvr.latents.format import FormatIds, LatentFormat
@@ -23,7 +24,7 @@ from rl_lvr.training.grpo.config import WITH_LATENTS, WITHOUT_LATENTS, LatentGRP
 from rl_lvr.training.grpo.policies import policy_of
 from rl_lvr.training.grpo.scoring import own_latents
 from rl_lvr.training.grpo.timing import TimedGRPO
-from rl_lvr.training.runs.faults import RULES, Unopened, agree
+from rl_lvr.training.runs.faults import RULES, Unopened
 from rl_lvr.training.runs.settings import WITH_FORMAT, WITHOUT_FORMAT, refuse_unused
 
 PARITY_ROWS = 4
@@ -68,7 +69,7 @@ class CheckedGRPO(TimedGRPO):
             f"{report.max_duncut:.3g}, more than replay_tolerance {tolerance:g} allows; its weights are not the "
             "trainer's"
         )
-        agree(self.accelerator, None if apart <= tolerance else problem)
+        agree(None if apart <= tolerance else problem)
         if max(report.control_dh, report.control_dlogp) <= tolerance:
             _log.warning(
                 "the model answers the same with SLOT's own embedding in place of every latent (difference %.3g): "
@@ -91,7 +92,7 @@ class CheckedGRPO(TimedGRPO):
                     "one; spell it differently"
                 )
                 break
-        agree(self.accelerator, problem)
+        agree(problem)
 
     @cached_property
     def _control(self) -> ControlTokens:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rl_lvr.agreement import agree, agreed
 from rl_lvr.errors import Fault, UserError
 from rl_lvr.latents.format import FormatIds
 from rl_lvr.rollout.hf import HFRolloutEngine
@@ -19,7 +20,7 @@ from rl_lvr.rollout.types import Request, Rollout, RolloutEngine, Sampling, Stop
 from rl_lvr.training.grpo.resuming import ResumableGRPO
 from rl_lvr.training.rewards.models import defect_of
 from rl_lvr.training.runs.callbacks import Abandoned
-from rl_lvr.training.runs.faults import RULES, agree, agreed, sort_rollouts, watched
+from rl_lvr.training.runs.faults import RULES, sort_rollouts, watched
 
 
 class GuardedGRPO(ResumableGRPO):
@@ -52,7 +53,7 @@ class GuardedGRPO(ResumableGRPO):
     def _ask(self, problem: str, call: Callable[[], Any]) -> Any:
         """The engine's answer, or a `Fault` in every process."""
         what = f"the engine {type(self.engine).__name__} {problem} after step {self.state.global_step}"
-        return agreed(self.accelerator, what, call, retries=self.args.engine_retries)
+        return agreed(what, call, retries=self.args.engine_retries)
 
     def _rollouts(self, requests: list[Request], sampling: Sampling) -> list[Rollout]:
         """Made by each process for itself. One that is told to stop does so at once, and the others after theirs."""
@@ -97,7 +98,7 @@ class GuardedGRPO(ResumableGRPO):
         assert self.markers is not None
         rules: dict[str, str] = self.args.on_rollout if self._mode == "train" else dict.fromkeys(RULES, "keep")
         found, problem = sort_rollouts(rollouts, self.markers, rules)
-        agree(self.accelerator, problem)
+        agree(problem)
         mine = torch.tensor([[*map(found.count, RULES), len(rollouts)]], device=self.accelerator.device)
         *counts, total = self.accelerator.gather(mine).sum(0).tolist()
         for kind, count in zip(RULES, counts, strict=True):
@@ -117,7 +118,7 @@ class GuardedGRPO(ResumableGRPO):
         self._reward_errors.clear()
         if error is not None and self.args.world_size == 1:
             raise error
-        agree(self.accelerator, None if error is None else str(error).rstrip("."), error)
+        agree(None if error is None else str(error).rstrip("."), error)
         if (problem := defect_of(rewards, self.reward_funcs, self.reward_func_names)) is not None:
             raise Fault(f"{problem}: check its weights and its pad token.")  # the rewards of all processes: all raise
         self._heed()

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from transformers.integrations import is_deepspeed_zero3_enabled
+from torch import Tensor
 from trl import GRPOTrainer
 
 from rl_lvr.errors import UserError
@@ -26,7 +24,7 @@ from rl_lvr.rollout.record import FOLDER, drop_from
 from rl_lvr.training.runs.checkpoints import foreign
 from rl_lvr.training.runs.faults import Idle
 from rl_lvr.training.runs.resuming import Moment, Resumable
-from rl_lvr.wrapping import unwrapped
+from rl_lvr.wrapping import gathered, unwrapped
 
 _REFERENCE = "reference.safetensors"
 
@@ -107,7 +105,7 @@ class ResumableGRPO(Resumable, GRPOTrainer):
         """Every process takes part: under ZeRO-3 each holds a part of every weight."""
         kept: dict[str, Tensor] = {}
         for name, parameter in unwrapped(self.ref_model).named_parameters():
-            with _gathered(parameter, write=False):
+            with gathered(parameter):
                 if self.args.should_save:
                     kept[name] = parameter.detach().cpu().clone()
         if self.args.should_save:
@@ -116,7 +114,7 @@ class ResumableGRPO(Resumable, GRPOTrainer):
     def _load_reference(self, path: Path) -> None:
         with safe_open(str(path), framework="pt") as file:
             for name, parameter in unwrapped(self.ref_model).named_parameters():
-                with _gathered(parameter, write=True), torch.no_grad():
+                with gathered(parameter, write=True), torch.no_grad():
                     if not hasattr(parameter, "ds_id") or self.accelerator.is_main_process:
                         parameter.copy_(file.get_tensor(name))
 
@@ -146,11 +144,3 @@ def load_batches(path: Path, device: torch.device) -> list[dict[str, Any]]:
             }
             for index, names in enumerate(order)
         ]
-
-
-def _gathered(parameter: nn.Parameter, *, write: bool) -> Any:
-    if not is_deepspeed_zero3_enabled() or not hasattr(parameter, "ds_id"):
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if write else None)

@@ -18,6 +18,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rl_lvr import progress
+from rl_lvr.agreement import largest
 from rl_lvr.errors import UserError
 from rl_lvr.evaluation.accuracy import AnswerSet
 from rl_lvr.latents.interventions import Intervention
@@ -200,10 +201,7 @@ class Interrupt(TrainerCallback):
             raise Abandoned
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if args.world_size > 1:  # all processes stop after the same step, whichever were told to
-            told = torch.tensor([self.received or 0], device=args.device)
-            torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
-            self.received = int(told) or None
+        self.received = largest(self.received or 0)[0] or None  # all stop after the same step, whichever were told to
         if self.received is not None:
             control.should_save = True
             control.should_training_stop = True

@@ -24,7 +24,6 @@ PARTIAL = ".partial"
 _READERS = 4
 _STATE = "trainer_state.json"
 """Of transformers, which writes it last."""
-_Answer = TypeVar("_Answer")
 
 
 def seal(folder: Path) -> None:
@@ -135,33 +134,6 @@ def rotate(run: Path, limit: int | None, *keep: str | Path | None) -> None:
         if excess > 0 and folder.resolve() not in kept:
             shutil.rmtree(folder)
             excess -= 1
-
-
-def from_main(ask: Callable[[], _Answer]) -> _Answer:
-    """What `ask` answers in the main process, or the exception that it raises there (a `UserError` in the others).
-
-    One process reads the disk, and all go on with the same checkpoint.
-    """
-    from accelerate.state import PartialState
-    from accelerate.utils import broadcast_object_list
-
-    state = PartialState()
-    if state.num_processes == 1:
-        return ask()
-    answer: list[tuple[_Answer | None, str | None]] = [(None, None)]
-    raised: Exception | None = None
-    if state.is_main_process:
-        try:
-            answer = [(ask(), None)]
-        except Exception as error:  # noqa: BLE001, raised again below
-            raised, answer = error, [(None, str(error))]
-    broadcast_object_list(answer)
-    if raised is not None:
-        raise raised
-    value, refusal = answer[0]
-    if refusal is not None:
-        raise UserError(refusal)
-    return value  # type: ignore[return-value]
 
 
 def _newest_first(run: Path) -> Iterator[Path]:

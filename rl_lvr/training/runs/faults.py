@@ -32,8 +32,6 @@ Kept is what a reward can judge: an answer without latents, and one that ran int
 answer: nothing at all, or a span that the limit cut, whose latents no text has ever read.
 """
 _ACTIONS = ("keep", "exclude", "stop")
-_LONGEST_PAUSE = 30.0
-_Result = TypeVar("_Result")
 _log = logging.getLogger(__name__)
 
 
@@ -136,41 +134,6 @@ def sort_rollouts(rollouts: Sequence[Rollout], markers: FormatIds, rules: dict[s
     return Sorted(kinds, excluded), problem
 
 
-def agree(accelerator: Accelerator, problem: str | None, error: BaseException | None = None) -> None:
-    """Raise `Fault` in every process if any of them has a problem. All call this at the same place."""
-    if not _anywhere(accelerator, problem is not None):
-        return
-    problems = [problem] if accelerator.num_processes == 1 else gather_object([problem])
-    rank, first = next((rank, text) for rank, text in enumerate(problems) if text is not None)
-    where = "" if accelerator.num_processes == 1 else f"process {rank}: "
-    raise Fault(f"{where}{first}.") from error
-
-
-def agreed(
-    accelerator: Accelerator, what: str, call: Callable[[], _Result], *, retries: int = 0, pause: float = 1.0
-) -> _Result:
-    """The result of `call` once it has succeeded in every process; `Fault` in all of them where it did not.
-
-    All ask again where one has to: under ZeRO-3 an engine that takes over weights, as one does that wakes up to
-    generate, gathers them from all processes.
-    """
-    result: list[_Result] = []
-    error: Exception | None = None
-    for attempt in range(retries + 1):
-        try:
-            result, error = [call()], None
-        except Exception as raised:  # noqa: BLE001, an engine may raise anything
-            error = raised
-        if not _anywhere(accelerator, error is not None):
-            return result[0]
-        if attempt < retries:
-            if error is not None:
-                _log.warning("%s (%s); asked again, %d of %d", what, _said(error), attempt + 1, retries)
-            time.sleep(min(pause * 2**attempt, _LONGEST_PAUSE))
-    agree(accelerator, None if error is None else f"{what}: {_said(error)}", error)
-    raise AssertionError("agree raises where a process failed")
-
-
 def watched(reward: Callable[..., Any], errors: list[Exception]) -> Callable[..., Any]:
     """A reward whose exceptions wait in `errors` until all processes can agree on them.
 
@@ -249,12 +212,3 @@ class Unopened:
             "training. Begin with a checkpoint that latent SFT has taught to open spans, raise temperature, or reward "
             "answers with latents (on_rollout: {without_latents: stop} ends such a run)."
         )
-
-
-def _anywhere(accelerator: Accelerator, flag: bool) -> bool:
-    return bool(accelerator.gather(torch.tensor([flag], device=accelerator.device)).any())
-
-
-def _said(error: Exception) -> str:
-    text = " ".join(str(error).split()).rstrip(".")
-    return text if isinstance(error, UserError) else f"{type(error).__name__}{f': {text}' if text else ''}"

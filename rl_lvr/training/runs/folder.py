@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from rl_lvr import __version__
+from rl_lvr.agreement import from_first
 from rl_lvr.errors import UserError
 from rl_lvr.locking import LOCK, folder_held
-from rl_lvr.training.runs.checkpoints import from_main, newest_whole, require_whole, tidy
+from rl_lvr.training.runs.checkpoints import newest_whole, require_whole, tidy
 
 RUN_FILE = "run.json"
 PARTIAL_FILE = RUN_FILE + ".partial"
@@ -36,7 +37,7 @@ PACKAGES = (
 def run_held(output_dir: str, what: str) -> Iterator[None]:
     """Let no other run write into `output_dir` meanwhile. The main process holds it; a refusal ends all processes."""
     with ExitStack() as stack:
-        from_main(lambda: stack.enter_context(folder_held(Path(output_dir), what)))
+        from_first(lambda: stack.enter_context(folder_held(Path(output_dir), what)))
         yield
 
 
@@ -46,7 +47,7 @@ def open_run(output_dir: str, resume: str | None, overwrite: bool) -> str | None
     `resume` is a checkpoint's folder; `latest`, the newest that verifies; or `auto`, the same, but a run that was
     killed before its first checkpoint, or never started, begins. The main process decides for all.
     """
-    return from_main(lambda: _open_run(Path(output_dir), resume, overwrite))
+    return from_first(lambda: _open_run(Path(output_dir), resume, overwrite))
 
 
 def _open_run(folder: Path, resume: str | None, overwrite: bool) -> str | None:

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
+from rl_lvr.agreement import agree, from_first, largest
 from rl_lvr.errors import Fault, UserError
 from rl_lvr.finite import first_not_finite
 from rl_lvr.latents.feedback import NAME as FEEDBACK
@@ -37,7 +38,6 @@ from rl_lvr.training.runs.card import card_of
 from rl_lvr.training.runs.checkpoints import (
     PARTIAL,
     foreign,
-    from_main,
     newest_whole,
     publish,
     require_whole,
@@ -45,7 +45,6 @@ from rl_lvr.training.runs.checkpoints import (
     seal,
     tidy,
 )
-from rl_lvr.training.runs.faults import agree
 from rl_lvr.training.runs.folder import run_held
 
 
@@ -85,7 +84,7 @@ class Resumable(Trainer):
             return self._train(resume_from_checkpoint, *args, **more)
 
     def _train(self, resume_from_checkpoint: str | bool | None, *args: Any, **more: Any) -> TrainOutput:
-        checkpoint = from_main(lambda: self._chosen(resume_from_checkpoint))
+        checkpoint = from_first(lambda: self._chosen(resume_from_checkpoint))
         if not any(isinstance(callback, _Boundaries) for callback in self.callback_handler.callbacks):
             self.add_callback(_Boundaries(self))
         if checkpoint is not None:
@@ -229,22 +228,13 @@ class Resumable(Trainer):
 
     # ---- stopping, agreed on by all processes
 
-    def _most(self, *values: int) -> list[int]:
-        """The largest of each among all processes, which all call this at the same place."""
-        if self.args.world_size == 1:
-            return list(values)
-        most = torch.tensor(values, device=self.args.device)
-        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-        found: list[int] = most.tolist()
-        return found
-
     def _heed(self, problem: bool = False) -> bool:
         """Give the step up if any process was told to stop; else whether any has this problem.
 
         Not while the model is evaluated: its step is done, and the next one has not begun.
         """
         received = self.interrupt.received if self.interrupt is not None else None
-        told, problems = self._most(received or 0, int(problem))
+        told, problems = largest(received or 0, int(problem))
         if told and self._moment is not None and self.interrupt is not None:
             self.interrupt.received = told
             raise Abandoned
@@ -291,7 +281,7 @@ class Resumable(Trainer):
         A loss shows a bad weight one step later, if that step uses it, and none after the last step.
         """
         name = first_not_finite(unwrapped(self.model), trained=trained)
-        agree(self.accelerator, None if name is None else f"parameter {name} is not finite {when}: {cure}")
+        agree(None if name is None else f"parameter {name} is not finite {when}: {cure}")
 
     # ---- checkpoints
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
+from rl_lvr.agreement import largest
 from rl_lvr.data.encoding import Collator, Encoded, Encoder, LazyEncoded, TargetBatch
 from rl_lvr.data.records import Records
 from rl_lvr.data.targets import target_vectors
@@ -229,7 +230,8 @@ class LatentSFTTrainer(Resumable, SFTTrainer):
         own[at] = False
         # A latent without a target is exact once all those before it in its row are.
         passes = int(torch.bincount(rows, own.float()).max()) if len(rows) else 0
-        passes, most_targets = self._most(passes, len(targets.rows))
+        # ZeRO-3 needs the same forward passes from each process.
+        passes, most_targets = largest(passes, len(targets.rows))
         vectors, tokens = values[:0], targets.tokens
         if most_targets and (images or targets.aux_images):
             with self.accelerator.autocast():
@@ -247,12 +249,6 @@ class LatentSFTTrainer(Resumable, SFTTrainer):
         for _ in range(passes):
             values = self._with_own(inputs, markers, rows, places, values, own)
         return LatentBatch.from_flat(rows, places, values, len(ids)), vectors, tokens
-
-    def _most(self, *counts: int) -> list[int]:
-        """The largest of each count among all processes: ZeRO-3 needs the same forward passes from each."""
-        mine = torch.tensor([counts], device=self.args.device)
-        most: list[int] = self.accelerator.gather(mine).amax(0).tolist()
-        return most
 
     @torch.no_grad()
     def _with_own(
