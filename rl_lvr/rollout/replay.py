@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rl_lvr.errors import UserError
 from rl_lvr.forward.batch import evaluating, forward_hidden, replay_batch
+from rl_lvr.latents.density import Law, explore
 from rl_lvr.latents.feedback import feedback
 from rl_lvr.latents.format import FormatIds
 from rl_lvr.latents.interventions import Intervention
@@ -152,11 +153,11 @@ def check_parity(
     )
     pairs = list(zip(rollouts, fed.latents, control.latents, strict=True))
     return ParityReport(
-        max_dh=max(_latent_difference(rollout, replayed) for rollout, replayed, _ in pairs),
+        max_dh=max(_latent_difference(rollout, replayed, sampling.noise) for rollout, replayed, _ in pairs),
         max_dlogp=_logprob_difference(rollouts, fed.logprobs),
         max_duncut=_largest(r.uncut_logprobs - u.logprobs for r, u in zip(rollouts, fed.uncut, strict=True)),
         max_dkept=_largest(r.log_kept_mass - u.log_kept_mass for r, u in zip(rollouts, fed.uncut, strict=True)),
-        control_dh=max(_latent_difference(rollout, replayed) for rollout, _, replayed in pairs),
+        control_dh=max(_latent_difference(rollout, replayed, sampling.noise) for rollout, _, replayed in pairs),
         control_dlogp=_logprob_difference(rollouts, control.logprobs),
         latents=sum(int(_own(rollout).sum()) for rollout in rollouts),
         tokens=sum(int((~rollout.forced).sum()) for rollout in rollouts),
@@ -170,14 +171,20 @@ def _own(rollout: Rollout) -> Tensor:
     return torch.tensor(rollout.latent_positions, dtype=torch.long) >= len(rollout.prompt_ids)
 
 
-def _latent_difference(rollout: Rollout, replayed: Tensor) -> float:
+def _latent_difference(rollout: Rollout, replayed: Tensor, law: Law) -> float:
     own = _own(rollout)
     if not bool(own.any()):
         return 0.0
     positions = torch.tensor(rollout.latent_positions, dtype=torch.long)
-    noise = keyed_normal(torch.full_like(positions, rollout.seed), positions, replayed.shape[1])
-    difference = rollout.latents.float() - (replayed.float() + rollout.sigma * noise)
+    seeds, sigma = torch.full_like(positions, rollout.seed), torch.full((len(positions),), rollout.sigma)
+    difference = rollout.latents.float() - drawn_again(replayed.float(), seeds, positions, sigma, law)
     return float(difference[own].abs().max())
+
+
+def drawn_again(means: Tensor, seeds: Tensor, positions: Tensor, sigma: Tensor, law: Law) -> Tensor:
+    """Latents [N, H] as an engine drew them around `means`: noise is keyed by seed [N] and position in the row [N]."""
+    drawn = explore(means, keyed_normal(seeds, positions, means.shape[1]), sigma, law)
+    return torch.where((sigma > 0)[:, None], drawn, means.to(drawn.dtype))
 
 
 def _logprob_difference(rollouts: Sequence[Rollout], replayed: Tensor) -> float:

@@ -56,6 +56,21 @@ def test_parity_sees_a_latent_moved_to_another_row(qwen):
     assert not report.passes()
 
 
+@pytest.mark.parametrize(("law", "other", "sigma"), [("gaussian", "spherical", 0.1), ("spherical", "gaussian", 0.01)])
+def test_parity_draws_the_noise_again_by_its_law(qwen, law, other, sigma):
+    engine, requests = qwen.engine(), qwen.requests()
+    sampling = replace(SAMPLED, sigma=sigma, noise=law)
+    with qwen.thinking():
+        rollouts = engine.generate(requests, sampling)
+        report, wrong = (
+            check_parity(engine, qwen.model, requests, replace(sampling, noise=noise), rollouts=rollouts)
+            for noise in (law, other)
+        )
+    assert report.max_dh < 1e-4
+    assert report.passes()
+    assert wrong.max_dh > 1e-2
+
+
 def test_greedy_text_equals_generate(rig):
     """An independent check of images, padding, positions and cache: transformers' own loop, markers suppressed."""
     engine = rig.engine()

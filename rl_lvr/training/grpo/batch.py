@@ -13,9 +13,9 @@ from torch import Tensor
 
 from rl_lvr.errors import Fault
 from rl_lvr.latents.batch import LatentBatch
-from rl_lvr.latents.density import Law, explore
-from rl_lvr.latents.noise import keyed_normal
+from rl_lvr.latents.density import Law
 from rl_lvr.models import Family
+from rl_lvr.rollout.replay import drawn_again
 from rl_lvr.rollout.types import Request, Rollout, Sampling, latent_batch
 from rl_lvr.signals import Column
 from rl_lvr.training.grpo.scoring import own_latents
@@ -129,8 +129,8 @@ def replay_difference(
     offsets = torch.tensor([start - len(rollout.prompt_ids) for rollout in rollouts], device=own.device)
     seeds = torch.tensor([rollout.seed for rollout in rollouts], device=own.device)
     z, sigma = latents.values[own], latents.sigma[rows]
-    noise = keyed_normal(seeds[rows], latents.positions[own] - offsets[rows], z.shape[1])
-    expected = explore(means[own], noise, sigma, law).to(z.dtype).float()
+    expected = drawn_again(means[own], seeds[rows], latents.positions[own] - offsets[rows], sigma, law)
+    expected = expected.to(z.dtype).float()
     apart = (expected - z.float()).norm(dim=-1) / z.float().norm(dim=-1).clamp_min(1e-12)
     off = (recorded - logprobs)[chosen].abs()
     return Difference(_summary(off, chosen.nonzero(as_tuple=True)[0]), _summary(apart, rows))
