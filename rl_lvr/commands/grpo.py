@@ -31,10 +31,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     from trl import ModelConfig
 
-    from rl_lvr.recipe import parse_recipe, split_config
+    from rl_lvr.training.grpo.config import GRPORecipe
     from rl_lvr.training.grpo.main import train_grpo
-    from rl_lvr.training.grpo.recipe import GRPORecipe
     from rl_lvr.training.runs.folder import run_held
+    from rl_lvr.training.runs.recipe import parse_recipe, split_config
 
     (config, model_config), given = parse_recipe([GRPORecipe, ModelConfig], arguments.rest)
     recipe, _ = split_config(arguments.rest)

@@ -29,8 +29,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     from trl import ModelConfig
 
-    from rl_lvr.recipe import parse_recipe
     from rl_lvr.training.runs.folder import run_held
+    from rl_lvr.training.runs.recipe import parse_recipe
     from rl_lvr.training.sft.config import SFTRecipe
     from rl_lvr.training.sft.main import train_sft
 

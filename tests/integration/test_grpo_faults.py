@@ -20,12 +20,12 @@ from torch import Tensor
 from rl_lvr.errors import Fault, UserError
 from rl_lvr.rollout.hf import HFRolloutEngine
 from rl_lvr.training.grpo.config import LatentGRPOConfig
+from rl_lvr.training.grpo.rules import RULES
 from rl_lvr.training.grpo.trainer import LatentGRPOTrainer
 from rl_lvr.training.rewards.call import RewardError
 from rl_lvr.training.rewards.load import load_rewards
 from rl_lvr.training.runs.callbacks import Abandoned, Interrupt
 from rl_lvr.training.runs.checkpoints import defect
-from rl_lvr.training.runs.faults import RULES
 
 FAULTY = """
 calls = 0

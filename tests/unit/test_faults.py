@@ -19,7 +19,9 @@ from rl_lvr.latents.format import FormatIds, LatentFormat
 from rl_lvr.latents.interventions import Intervention
 from rl_lvr.locking import folder_held
 from rl_lvr.rollout.types import Rollout, StopReason
-from rl_lvr.training.runs.faults import RULES, Idle, Unopened, kinds_of, rules_of, sort_rollouts, watched
+from rl_lvr.training.grpo.filtering import Idle, Unopened
+from rl_lvr.training.grpo.rules import RULES, kinds_of, rules_of, sort_rollouts
+from rl_lvr.training.rewards.call import watched
 from rl_lvr.training.runs.folder import run_held
 
 START, SLOT, END, TEXT, EOS = 11, 12, 13, 14, 15

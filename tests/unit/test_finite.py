@@ -15,9 +15,9 @@ from trl import ModelConfig
 from rl_lvr import finite as module
 from rl_lvr.errors import UserError
 from rl_lvr.finite import finite, first_not_finite, require_finite, require_finite_files
-from rl_lvr.recipe import parse_recipe
-from rl_lvr.training.grpo.recipe import GRPORecipe
-from rl_lvr.training.runs.settings import require_finite as require_finite_settings
+from rl_lvr.training.grpo.config import GRPORecipe
+from rl_lvr.training.runs.recipe import parse_recipe
+from rl_lvr.training.runs.settings import require_finite_settings
 from rl_lvr.training.sft.config import SFTRecipe
 
 BAD = (float("nan"), float("inf"), float("-inf"))

@@ -11,10 +11,9 @@ from trl import GRPOTrainer, ModelConfig
 
 from rl_lvr.accelerated import launch_words
 from rl_lvr.errors import UserError
-from rl_lvr.recipe import parse_recipe, read_recipe, split_config
-from rl_lvr.training.grpo.config import TRL_CHOICES, LatentGRPOConfig
-from rl_lvr.training.grpo.recipe import GRPORecipe
+from rl_lvr.training.grpo.config import TRL_CHOICES, GRPORecipe, LatentGRPOConfig
 from rl_lvr.training.rewards.load import load_rewards
+from rl_lvr.training.runs.recipe import parse_recipe, read_recipe, split_config
 from rl_lvr.training.sft.config import LatentSFTConfig, SFTRecipe
 
 TYPES = [SFTRecipe, ModelConfig]

@@ -12,9 +12,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from rl_lvr.training.rewards.call import guard
+from rl_lvr.training.rewards.call import guard, watched
 from rl_lvr.training.rewards.isolating import isolated
-from rl_lvr.training.runs.faults import watched
 
 Pair = namedtuple("Pair", "left right")
 

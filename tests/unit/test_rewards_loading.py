@@ -214,7 +214,7 @@ def test_an_entry_may_be_json_as_flags_need_it() -> None:
 
 
 def test_entries_come_through_a_recipe_file(tmp_path: Path) -> None:
-    from rl_lvr.recipe import parse_recipe
+    from rl_lvr.training.runs.recipe import parse_recipe
 
     @dataclass
     class Config:

@@ -174,7 +174,7 @@ def test_the_command_line_refuses_known_settings() -> None:
     """What it refuses is a field of some config, and its tables hold those of the trainers."""
     from trl import ModelConfig
 
-    from rl_lvr.training.grpo import recipe as grpo_recipe
+    from rl_lvr.training.grpo import config as grpo_recipe
     from rl_lvr.training.sft import config
 
     known = {entry.name for kind in (GRPOConfig, SFTConfig, ModelConfig) for entry in fields(kind)}

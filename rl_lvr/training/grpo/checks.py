@@ -21,10 +21,11 @@ from rl_lvr.rollout.types import Sampling
 from rl_lvr.signals import between_samples, pooled
 from rl_lvr.training.grpo.batch import ROW_SHARE, Turn, replay_difference, require_agreement
 from rl_lvr.training.grpo.config import WITH_LATENTS, WITHOUT_LATENTS, LatentGRPOConfig
+from rl_lvr.training.grpo.filtering import Unopened
 from rl_lvr.training.grpo.policies import policy_of
+from rl_lvr.training.grpo.rules import RULES
 from rl_lvr.training.grpo.scoring import own_latents
 from rl_lvr.training.grpo.timing import TimedGRPO
-from rl_lvr.training.runs.faults import RULES, Unopened
 from rl_lvr.training.runs.settings import WITH_FORMAT, WITHOUT_FORMAT, refuse_unused
 
 PARITY_ROWS = 4

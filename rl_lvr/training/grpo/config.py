@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from trl import GRPOConfig
 
 from rl_lvr.errors import UserError
+from rl_lvr.training.grpo.engines import ENGINES
 from rl_lvr.training.grpo.policies import policy_of
-from rl_lvr.training.runs.faults import RolloutSettings
+from rl_lvr.training.grpo.rules import rules_of
+from rl_lvr.training.runs import settings
 from rl_lvr.training.runs.settings import (
     CHOICES,
     ON_LATENTS,
     Defaults,
-    require_finite,
+    LossSettings,
+    RunSettings,
+    check_run,
+    require_choice,
+    require_finite_settings,
     require_words,
     settle_device,
 )
@@ -88,9 +95,15 @@ WITHOUT_LATENTS = {
 }
 """Settings of `LatentGRPOConfig` that training without latents leaves nothing to read, and why."""
 
+WITHOUT_EFFECT = settings.WITHOUT_EFFECT | {
+    "reward_weights": "every reward has its own weight: docs/rewards.md",
+    "log_completions_hub_repo": "nothing is sent anywhere: see output_dir/rollouts",
+}
+"""Settings of TRL and transformers that this verb cannot honour, and why. They are refused, not ignored."""
+
 
 @dataclass
-class LatentGRPOConfig(RolloutSettings, Defaults, GRPOConfig):
+class LatentGRPOConfig(LossSettings, Defaults, GRPOConfig):
     """Everything of TRL's `GRPOConfig` works as well, but for what the trainer refuses with the reason."""
 
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "latent_policy_options"]  # noqa: RUF012, as transformers has it
@@ -156,6 +169,20 @@ class LatentGRPOConfig(RolloutSettings, Defaults, GRPOConfig):
             "help": "Leave rows without an advantage out of the policy pass. Default: wherever that changes nothing."
         },
     )
+    on_rollout: dict[str, str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "keep, exclude or stop for each kind of rollout: without_latents (keep), unclosed (exclude), "
+            "empty (exclude), truncated (keep)."
+        },
+    )
+    engine_retries: int = field(
+        default=0, metadata={"help": "How often an engine in another process is asked again after an error."}
+    )
+    max_idle_steps: int | None = field(
+        default=None,
+        metadata={"help": "Stop after so many generation batches in a row in which no group's rewards differ."},
+    )
     record_rollouts: bool = field(default=True, metadata={"help": "Write rollouts below output_dir/rollouts."})
     peak_tflops: float | None = field(
         default=None,
@@ -169,7 +196,7 @@ class LatentGRPOConfig(RolloutSettings, Defaults, GRPOConfig):
 
     def check(self) -> None:
         """Refuse what cannot be in the settings that are added to TRL's."""
-        require_finite(self)
+        require_finite_settings(self)
         if self.latent_scale not in ("mean", "sum"):
             raise UserError(f"latent_scale is {self.latent_scale!r}; choose mean or sum.")
         for name in ("latent_sigma", "latent_weight", "latent_epsilon", "latent_epsilon_high", "beta"):
@@ -184,3 +211,35 @@ class LatentGRPOConfig(RolloutSettings, Defaults, GRPOConfig):
         require_words(self, CHOICES | TRL_CHOICES)
         policy_of(self)  # refuses what does not go with it
         self.check_faults()
+        self.on_rollout = rules_of(self.on_rollout)
+        if self.engine_retries < 0:
+            raise UserError(f"engine_retries is {self.engine_retries}; it must be 0 or more.")
+        if self.max_idle_steps is not None and self.max_idle_steps < 1:
+            raise UserError(f"max_idle_steps is {self.max_idle_steps}; it must be at least 1.")
+
+
+@dataclass
+class GRPORecipe(RunSettings, LatentGRPOConfig):
+    """The settings of `rl-lvr grpo`: the trainer's, and what a recipe says besides."""
+
+    _VALID_DICT_FIELDS = [*LatentGRPOConfig._VALID_DICT_FIELDS, "engine_options"]  # noqa: RUF012, as transformers has it
+
+    rewards: list[str] = field(
+        default_factory=list, metadata={"help": "Rewards: names, or mappings with a name (docs/rewards.md)."}
+    )
+    engine: str = field(
+        default="hf",
+        metadata={"help": "What generates: hf, the model itself; vllm, in this process; server, over HTTP."},
+    )
+    engine_options: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Options of the engine (docs/engines.md)."}
+    )
+
+    def __post_init__(self) -> None:
+        check_run(self)
+        require_choice(self, "engine", ENGINES)
+        if not self.rewards:
+            raise UserError("rewards is empty: name at least one (rl-lvr rewards list shows them).")
+        super().__post_init__()
+        if self.engine_options is not None and not isinstance(self.engine_options, Mapping):
+            raise UserError(f"engine_options is {self.engine_options!r}; write name: value.")

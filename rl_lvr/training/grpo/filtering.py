@@ -1,11 +1,13 @@
-"""Rows without an advantage are left out of the policy pass: they add nothing to the loss, and nothing to its gradient.
+"""Generation batches and rows that teach nothing: noticed, and left out of the policy pass.
 
-A group whose rewards are all equal is such a case. What the loss is made of is put back in full length, so that every
-mean and every normaliser of TRL stays what it was.
+Rows without an advantage add nothing to the loss, and nothing to its gradient. A group whose rewards are all equal is
+such a case. What the loss is made of is put back in full length, so that every mean and every normaliser of TRL stays
+what it was.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +16,10 @@ import torch
 from torch import Tensor
 from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
-from rl_lvr.errors import UserError
+from rl_lvr.errors import Fault, UserError
 from rl_lvr.training.grpo.config import LatentGRPOConfig
+
+_log = logging.getLogger(__name__)
 
 
 def drops_idle(args: LatentGRPOConfig, *, router_loss: bool) -> bool:
@@ -95,3 +99,50 @@ class Kept:
         kept = self.weights[self.rows]
         mean = ((entropies * kept).sum() / kept.sum().clamp(min=1)).detach()
         return self.spread(logprobs, self.old), self.spread(entropies, mean.expand(self.old.shape))
+
+
+class Idle:
+    """Counts generation batches in a row that teach nothing: in every group all rewards are the same."""
+
+    def __init__(self, most: int | None) -> None:
+        self.most = most
+        self.count = 0
+        self._warned = False
+
+    def note(self, learns: bool) -> None:
+        """`learns`: whether any advantage of any process is not zero."""
+        self.count = 0 if learns else self.count + 1
+        if self.most is not None and self.count >= self.most:
+            raise Fault(
+                f"in {self.count} generation batches in a row no group's rewards differed, so nothing was learned: "
+                "look at them (rl-lvr rollouts show), raise temperature or num_generations, or raise max_idle_steps."
+            )
+        if self.count and not self._warned:
+            self._warned = True
+            _log.warning("no group's rewards differ in this generation batch, so it teaches nothing (said once)")
+
+
+class Unopened:
+    """Notices generation batches in a row in which no completion opened a span: latents are not trained then."""
+
+    PATIENCE = 2
+    """Batches."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._seen = False
+        self._said: set[bool] = set()
+
+    def note(self, rate: float) -> str | None:
+        """What to say about `latent/rate` of a batch, over all processes; each of two sentences comes once."""
+        self._count = 0 if rate > 0 else self._count + 1
+        self._seen = self._seen or rate > 0
+        if self._count < self.PATIENCE or self._seen in self._said:
+            return None
+        self._said.add(self._seen)
+        what = "the model no longer starts a latent span" if self._seen else "the model never starts a latent span"
+        return (
+            f"{what}: latent/rate was 0 in {self._count} generation batches in a row, so no latent takes part in the "
+            "training. Begin with a checkpoint that latent SFT has taught to open spans, raise temperature, or reward "
+            "answers with latents (on_rollout: {without_latents: stop} ends such a run)."
+        )

@@ -1,6 +1,6 @@
 """Faults of GRPO, met where they arise: a trainer that asks its engine, its rollouts and its rewards with care.
 
-What is done about each is in `runs/faults.py` and docs/grpo.md; what is kept when a run stops, in `runs/resuming.py`.
+What is done about each is in `rules.py` and docs/grpo.md; what is kept when a run stops, in `runs/resuming.py`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from rl_lvr.latents.format import FormatIds
 from rl_lvr.rollout.hf import HFRolloutEngine
 from rl_lvr.rollout.types import Request, Rollout, RolloutEngine, Sampling, StopReason
 from rl_lvr.training.grpo.resuming import ResumableGRPO
+from rl_lvr.training.grpo.rules import RULES, sort_rollouts
+from rl_lvr.training.rewards.call import watched
 from rl_lvr.training.rewards.models import defect_of
 from rl_lvr.training.runs.callbacks import Abandoned
-from rl_lvr.training.runs.faults import RULES, sort_rollouts, watched
 
 
 class GuardedGRPO(ResumableGRPO):

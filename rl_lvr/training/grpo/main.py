@@ -21,9 +21,9 @@ from rl_lvr.latents.format import LatentFormat
 from rl_lvr.signals import parse_signals
 from rl_lvr.training.grpo.checks import check_settings, refuse_latent_settings
 from rl_lvr.training.grpo.columns import require_columns
+from rl_lvr.training.grpo.config import WITHOUT_EFFECT, GRPORecipe
 from rl_lvr.training.grpo.engines import check_engine, make_engine
 from rl_lvr.training.grpo.policies import policy_of
-from rl_lvr.training.grpo.recipe import WITHOUT_EFFECT, GRPORecipe
 from rl_lvr.training.grpo.trainer import LatentGRPOTrainer
 from rl_lvr.training.rewards.load import MADE_BY_TRAINER, RewardSpec, load_rewards, signals_of
 from rl_lvr.training.rewards.options import FROM_TRAINER

@@ -21,8 +21,8 @@ from trl import GRPOTrainer
 
 from rl_lvr.errors import UserError
 from rl_lvr.rollout.record import FOLDER, drop_from
+from rl_lvr.training.grpo.filtering import Idle
 from rl_lvr.training.runs.checkpoints import foreign
-from rl_lvr.training.runs.faults import Idle
 from rl_lvr.training.runs.resuming import Moment, Resumable
 from rl_lvr.wrapping import gathered, unwrapped
 

@@ -53,7 +53,7 @@ from rl_lvr.training.grpo.inputs import WithoutEmptyImages, processed_once, with
 from rl_lvr.training.grpo.policies import LatentActions, policy_of
 from rl_lvr.training.grpo.scoring import FedModel, own_latents
 from rl_lvr.training.rewards.load import require_whole_groups, signals_of, weights_at
-from rl_lvr.training.rewards.models import text_for_models
+from rl_lvr.training.rewards.models import specs_of, text_for_models
 from rl_lvr.training.runs.arguments import (
     STORED,
     adapter_with_feedback,
@@ -63,7 +63,6 @@ from rl_lvr.training.runs.arguments import (
     name_of,
     processor_of,
     refuse_arguments,
-    specs_of,
 )
 from rl_lvr.training.runs.settings import WITH_FORMAT
 from rl_lvr.wrapping import sharded, unwrapped

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextvars
+import functools
 import inspect
 import logging
 import math
@@ -85,6 +86,39 @@ def _named(guarded: Any, name: str, reward: Callable[..., Any]) -> Callable[...,
     return cast("Callable[..., Any]", guarded)
 
 
+def watched(reward: Callable[..., Any], errors: list[Exception]) -> Callable[..., Any]:
+    """A reward whose exceptions wait in `errors` until all processes can agree on them.
+
+    It is given its own copies of its arguments, unless a guard around it sees to that.
+    """
+    own = dict if hasattr(reward, "guarded_reward") else isolated
+    named = functools.wraps(reward)
+
+    def failed(error: Exception, columns: dict[str, Any]) -> list[None]:
+        errors.append(error)
+        return [None] * len(columns["completions"])
+
+    if _is_async(reward):
+
+        @named
+        async def call_async(**columns: Any) -> Any:
+            try:
+                return await reward(**own(columns))
+            except Exception as error:  # noqa: BLE001, raised again by the trainer
+                return failed(error, columns)
+
+        return call_async
+
+    @named
+    def call(**columns: Any) -> Any:
+        try:
+            return reward(**own(columns))
+        except Exception as error:  # noqa: BLE001, raised again by the trainer
+            return failed(error, columns)
+
+    return call
+
+
 class _Guarded:
     def __init__(
         self, reward: Callable[..., Any], name: str, signals: Sequence[Any], on_error: OnError, timeout: float | None
@@ -92,9 +126,7 @@ class _Guarded:
         self.reward, self.name, self.on_error, self.timeout = reward, name, on_error, timeout
         self.signals = signal_names(signals)
         bare = getattr(reward, "func", reward)  # of functools.partial
-        self.is_async = inspect.iscoroutinefunction(bare) or inspect.iscoroutinefunction(
-            getattr(bare, "__call__", None)  # noqa: B004, not whether it can be called but whether that is async
-        )
+        self.is_async = _is_async(bare)
         code = getattr(bare, "__code__", None) or getattr(getattr(bare, "__call__", None), "__code__", None)  # noqa: B004
         self.file = None if code is None else code.co_filename
         parameters = inspect.signature(reward).parameters.values()
@@ -228,6 +260,11 @@ class _Guarded:
                 self.loop = _Loop(self.name)  # the old one may be blocked
             raise _HangError(f"did not end within {self.timeout:g} s")
         return done.result()
+
+
+def _is_async(reward: Callable[..., Any]) -> bool:
+    call = getattr(reward, "__call__", None)  # noqa: B004, not whether it can be called but whether that is async
+    return inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(call)
 
 
 class _Loop:

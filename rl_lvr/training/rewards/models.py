@@ -1,14 +1,20 @@
-"""Reward models in GRPO: what they read, and what they return. TRL runs them between the reward functions."""
+"""`reward_funcs` of a trainer as one list, and its reward models: what they read, and what they return."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+from trl.trainer.utils import get_callable_name
+
+from rl_lvr.errors import UserError
+from rl_lvr.training.rewards.load import RewardSpec, Schedule, spec_of
+from rl_lvr.training.runs.arguments import name_of
 
 
 @contextmanager
@@ -35,6 +41,40 @@ def defect_of(rewards: Tensor, funcs: Sequence[Any], names: Sequence[str]) -> st
         if wrong:
             return f"the reward model {name!r} gave {wrong} of {len(rewards)} completions a reward that is not finite"
     return None
+
+
+def specs_of(reward_funcs: Any, weights: Sequence[float] | None) -> list[RewardSpec]:
+    """The rewards of a trainer: functions, `RewardSpec`s, reward models and paths of reward models, one or a list.
+
+    `weights` are TRL's `reward_weights`: they stand in for weights of 1, and a schedule is a factor on them.
+    """
+    given = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs] if reward_funcs else []
+    specs = [_spec(reward) for reward in given]
+    if weights is None or len(weights) != len(specs):  # TRL refuses another number of weights
+        return specs
+    for spec, weight in zip(specs, weights, strict=True):
+        if spec.weight not in (1.0, weight):
+            raise UserError(
+                f"reward {spec.name!r} has the weight {spec.weight:g} and reward_weights gives it {weight:g}: "
+                "set one of them."
+            )
+    return [replace(spec, weight=float(weight)) for spec, weight in zip(specs, weights, strict=True)]
+
+
+def _spec(reward: Any) -> RewardSpec:
+    if isinstance(reward, RewardSpec):
+        return reward
+    if isinstance(reward, str | nn.Module):
+        if isinstance(reward, nn.Module):
+            reward.eval()
+        name = name_of(reward).split("/")[-1]
+        doc = "a reward model, which TRL runs on prompts and completions"
+        return RewardSpec(name, name_of(reward), reward, 1.0, Schedule(), (), frozenset(), frozenset(), doc)
+    if not callable(reward):
+        raise UserError(
+            f"reward_funcs holds {reward!r}: give functions, reward models or their paths, or rewards of load_rewards."
+        )
+    return spec_of(reward, get_callable_name(reward))
 
 
 class _TextOfMessages:

@@ -1,7 +1,7 @@
 """Arguments of TRL's trainers in the form that the trainers here work with.
 
-A plain config becomes one of this package, a model given by its path is loaded with its latent format and feedback
-map, and reward functions, reward models and `RewardSpec`s become one list.
+A plain config becomes one of this package, and a model given by its path is loaded with its latent format and feedback
+map.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from rl_lvr.latents.feedback import NAME as FEEDBACK
 from rl_lvr.latents.feedback import attach_feedback
 from rl_lvr.latents.format import FORMAT_FILE, LatentFormat, choose_format
 from rl_lvr.wrapping import unwrapped
-from rl_lvr.training.rewards.load import RewardSpec, Schedule, spec_of
 from rl_lvr.training.runs.settings import ARGUMENTS_ON_LATENTS, WITH_FORMAT
 
 STORED = "stored"
@@ -127,40 +126,6 @@ def adapter_with_feedback(peft_config: Any, model: Any) -> Any:
     changed = copy.copy(peft_config)
     changed.modules_to_save = [*saved, FEEDBACK]
     return changed
-
-
-def specs_of(reward_funcs: Any, weights: Sequence[float] | None) -> list[RewardSpec]:
-    """The rewards of a trainer: functions, `RewardSpec`s, reward models and paths of reward models, one or a list.
-
-    `weights` are TRL's `reward_weights`: they stand in for weights of 1, and a schedule is a factor on them.
-    """
-    given = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs] if reward_funcs else []
-    specs = [_spec(reward) for reward in given]
-    if weights is None or len(weights) != len(specs):  # TRL refuses another number of weights
-        return specs
-    for spec, weight in zip(specs, weights, strict=True):
-        if spec.weight not in (1.0, weight):
-            raise UserError(
-                f"reward {spec.name!r} has the weight {spec.weight:g} and reward_weights gives it {weight:g}: "
-                "set one of them."
-            )
-    return [replace(spec, weight=float(weight)) for spec, weight in zip(specs, weights, strict=True)]
-
-
-def _spec(reward: Any) -> RewardSpec:
-    if isinstance(reward, RewardSpec):
-        return reward
-    if isinstance(reward, str | nn.Module):
-        if isinstance(reward, nn.Module):
-            reward.eval()
-        name = name_of(reward).split("/")[-1]
-        doc = "a reward model, which TRL runs on prompts and completions"
-        return RewardSpec(name, name_of(reward), reward, 1.0, Schedule(), (), frozenset(), frozenset(), doc)
-    if not callable(reward):
-        raise UserError(
-            f"reward_funcs holds {reward!r}: give functions, reward models or their paths, or rewards of load_rewards."
-        )
-    return spec_of(reward, get_callable_name(reward))
 
 
 def _folder(model: str | nn.Module) -> Path | None:

@@ -89,6 +89,23 @@ class Defaults:
 
 
 @dataclass
+class LossSettings:
+    """What a trainer does about a loss that is not finite."""
+
+    on_nan_loss: str = field(
+        default="stop",
+        metadata={
+            "help": "A loss or gradient norm that is no finite number: stop, with a checkpoint of the step before, or "
+            "skip this update."
+        },
+    )
+
+    def check_faults(self) -> None:
+        if self.on_nan_loss not in ("stop", "skip"):
+            raise UserError(f"on_nan_loss is {self.on_nan_loss!r}; choose stop or skip.")
+
+
+@dataclass
 class RunSettings:
     """What a recipe says about the run whatever the verb."""
 
@@ -238,7 +255,7 @@ def require_words(config: Any, choices: Mapping[str, tuple[Any, ...]]) -> None:
             raise UserError(f"{name} is {value!r}{hint}")
 
 
-def require_finite(config: Any) -> None:
+def require_finite_settings(config: Any) -> None:
     """Refuse NaN and infinity in any setting, in lists and mappings as well; options of rewards are their own."""
     for setting in fields(config):
         if setting.name != "rewards":

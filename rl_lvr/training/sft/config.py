@@ -10,16 +10,16 @@ from trl import SFTConfig
 from rl_lvr.errors import UserError
 from rl_lvr.forward.objectives import parse_objective
 from rl_lvr.training.runs import settings
-from rl_lvr.training.runs.faults import LossSettings
 from rl_lvr.training.runs.settings import (
     CHOICES,
     Defaults,
+    LossSettings,
     RunSettings,
     check_run,
     refuse_unused,
     require_at_least,
     require_choice,
-    require_finite,
+    require_finite_settings,
     require_words,
     settle_device,
 )
@@ -118,7 +118,7 @@ class LatentSFTConfig(LossSettings, Defaults, SFTConfig):
 
     def check(self) -> None:
         """Refuse what cannot be in the settings that are added to TRL's."""
-        require_finite(self)
+        require_finite_settings(self)
         self.check_faults()
         require_words(self, CHOICES | {"loss_type": LOSSES})
         require_choice(self, "latent_weight_schedule", SCHEDULES)

@@ -17,7 +17,7 @@ from trl import TrlParser
 
 from rl_lvr.errors import UserError, near_miss
 from rl_lvr.settings_files import read_yaml, refuse_repeats_in_json
-from rl_lvr.training.runs.settings import require_finite
+from rl_lvr.training.runs.settings import require_finite_settings
 
 _JSON_FILES = ("deepspeed", "fsdp_config", "accelerator_config")
 """Settings of transformers that may name a file of JSON."""
@@ -64,7 +64,7 @@ def parse_recipe(dataclass_types: Sequence[type], argv: Sequence[str]) -> tuple[
         # A dataclass's own checks: transformers and TRL raise these with a sentence for the user.
         raise UserError(f"{where or 'flags'}: {' '.join(str(error).split())}") from error
     for settings in parsed:
-        require_finite(settings)
+        require_finite_settings(settings)
     return parsed, given
 
 
