@@ -27,12 +27,13 @@ from typing import Any
 import torch
 from entropy import entropy_errors
 
-from rl_lvr.forward.batch import ReplayBatch, forward_hidden, replay_batch
+from rl_lvr.forward.batch import ReplayBatch, forward_hidden
 from rl_lvr.forward.inject import inject
 from rl_lvr.lab.tiny import TinySpec, build_tiny
 from rl_lvr.latents.format import FormatIds, get_format
 from rl_lvr.latents.interventions import Intervention
 from rl_lvr.models import family_of, load_model
+from rl_lvr.rollout.replay import replay_batch
 from rl_lvr.rollout.types import Rollout, StopReason
 from rl_lvr.signals import measure, parse_signals
 

@@ -16,7 +16,6 @@ from rl_lvr.data.encoding import Encoder
 from rl_lvr.data.records import load_records
 from rl_lvr.errors import UserError
 from rl_lvr.evaluation.accuracy import AnswerSet, Scored
-from rl_lvr.forward.batch import replay_batch
 from rl_lvr.latents.feedback import attach_feedback
 from rl_lvr.latents.format import LatentFormat, choose_format
 from rl_lvr.latents.interventions import Intervention
@@ -24,6 +23,7 @@ from rl_lvr.models import load_processor, load_weights
 from rl_lvr.models.loading import checkpoint_folder
 from rl_lvr.progress import track
 from rl_lvr.rollout.hf import HFRolloutEngine
+from rl_lvr.rollout.replay import replay_batch
 from rl_lvr.rollout.types import Sampling
 from rl_lvr.signals import measure, parse_signals
 

@@ -7,14 +7,12 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rl_lvr.forward.inject import inject
 from rl_lvr.latents.batch import LatentBatch
 from rl_lvr.latents.format import FormatIds
 from rl_lvr.models import Family, family_of
-from rl_lvr.rollout.types import Rollout, latent_batch
 from rl_lvr.wrapping import input_embeddings
 
 
@@ -53,27 +51,6 @@ class ReplayBatch:
     """Positions count in `ids`, padding included."""
     images: dict[str, Tensor]
     """The batch's image inputs, in the order of its rows; {} without images."""
-
-
-def replay_batch(
-    model: nn.Module, rollouts: Sequence[Rollout], images: Sequence[Mapping[str, Any]], *, side: str = "right"
-) -> ReplayBatch:
-    """Pad `rollouts`, whose images are `images` (one dict per row, {} for none), on `side`."""
-    weight: Any = input_embeddings(model).weight
-    rows = [torch.tensor(rollout.ids) for rollout in rollouts]
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=side).to(weight.device)
-    lengths = torch.tensor([len(row) for row in rows], device=ids.device)[:, None]
-    prompts = torch.tensor([len(rollout.prompt_ids) for rollout in rollouts], device=ids.device)[:, None]
-    shift = ids.shape[1] - lengths if side == "left" else torch.zeros_like(lengths)
-    place = torch.arange(ids.shape[1], device=ids.device) - shift
-    mask = (place >= 0) & (place < lengths)
-    return ReplayBatch(
-        ids=ids,
-        mask=mask.long(),
-        completion=mask & (place >= prompts),
-        latents=latent_batch(rollouts).shifted(shift[:, 0].cpu()),
-        images=batch_images(family_of(model), model, images),
-    )
 
 
 def forward_hidden(model: nn.Module, batch: ReplayBatch, markers: FormatIds, *, feed: bool = True) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rl_lvr.errors import UserError
-from rl_lvr.forward.batch import evaluating, forward_hidden, replay_batch
+from rl_lvr.forward.batch import ReplayBatch, batch_images, evaluating, forward_hidden
 from rl_lvr.latents.density import Law, explore
 from rl_lvr.latents.feedback import feedback
 from rl_lvr.latents.format import FormatIds
@@ -21,7 +21,29 @@ from rl_lvr.latents.interventions import Intervention
 from rl_lvr.latents.noise import keyed_normal
 from rl_lvr.models import family_of
 from rl_lvr.rollout import sampling as draws
-from rl_lvr.rollout.types import Request, Rollout, RolloutEngine, Sampling, Uncut
+from rl_lvr.rollout.types import Request, Rollout, RolloutEngine, Sampling, Uncut, latent_batch
+from rl_lvr.wrapping import input_embeddings
+
+
+def replay_batch(
+    model: nn.Module, rollouts: Sequence[Rollout], images: Sequence[Mapping[str, Any]], *, side: str = "right"
+) -> ReplayBatch:
+    """Pad `rollouts`, whose images are `images` (one dict per row, {} for none), on `side`."""
+    weight: Any = input_embeddings(model).weight
+    rows = [torch.tensor(rollout.ids) for rollout in rollouts]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=side).to(weight.device)
+    lengths = torch.tensor([len(row) for row in rows], device=ids.device)[:, None]
+    prompts = torch.tensor([len(rollout.prompt_ids) for rollout in rollouts], device=ids.device)[:, None]
+    shift = ids.shape[1] - lengths if side == "left" else torch.zeros_like(lengths)
+    place = torch.arange(ids.shape[1], device=ids.device) - shift
+    mask = (place >= 0) & (place < lengths)
+    return ReplayBatch(
+        ids=ids,
+        mask=mask.long(),
+        completion=mask & (place >= prompts),
+        latents=latent_batch(rollouts).shifted(shift[:, 0].cpu()),
+        images=batch_images(family_of(model), model, images),
+    )
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ import torch
 from engine_cases import FORMATS, SAMPLED, SIX_ROWS, Rig
 from torch import Tensor
 
-from rl_lvr.forward.batch import ReplayBatch, forward_hidden, replay_batch
+from rl_lvr.forward.batch import ReplayBatch, forward_hidden
 from rl_lvr.forward.unrolling import unrolled
 from rl_lvr.latents.batch import LatentBatch
 from rl_lvr.latents.feedback import attach_feedback
 from rl_lvr.latents.format import LatentFormat, get_format
+from rl_lvr.rollout.replay import replay_batch
 from rl_lvr.training.grpo.scoring import own_latents
 
 KINDS = {

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from rl_lvr.errors import UserError
-from rl_lvr.forward.batch import forward_hidden, replay_batch
+from rl_lvr.forward.batch import forward_hidden
 from rl_lvr.forward.inject import inject
 from rl_lvr.latents.format import FormatIds, get_format
 from rl_lvr.latents.interventions import Intervention
-from rl_lvr.rollout.replay import teacher_force
+from rl_lvr.rollout.replay import replay_batch, teacher_force
 from rl_lvr.rollout.types import Rollout, StopReason
 from rl_lvr.signals import SIGNALS, measure, parse_signals
 

@@ -10,10 +10,10 @@ import torch
 from engine_cases import FORMATS, SAMPLED, Rig
 
 from rl_lvr.cli import main
-from rl_lvr.forward.batch import replay_batch
 from rl_lvr.latents.format import get_format
 from rl_lvr.latents.spans import SpanStatus, find_spans
 from rl_lvr.rollout.record import RolloutLog, read_rollouts, recorded, reward_columns, span_facts
+from rl_lvr.rollout.replay import replay_batch
 from rl_lvr.rollout.types import latent_batch
 from rl_lvr.signals import measure, parse_signals
 from rl_lvr.training.rewards.call import RewardError
