@@ -16,8 +16,9 @@ from urllib.parse import quote, urlsplit
 
 import httpx
 
-from rewards.judge_cache import JudgeCache
 from rl_lvr.answers import text_of
+
+from .judge_cache import JudgeCache
 
 INSTRUCTION = """You grade a response to a question. The reference answer is correct.
 

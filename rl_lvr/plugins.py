@@ -15,6 +15,8 @@ from typing import Any
 
 from rl_lvr.errors import UserError, near_miss
 
+DISTRIBUTION = "rl-lvr"
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -71,8 +73,32 @@ def load_entry_point(kind: Kind, point: EntryPoint) -> Found:
     """The function or class behind one entry point."""
     owner = f"{point.dist.name} {point.dist.version}" if point.dist is not None else "an unknown package"
     what = f"{kind.word} '{point.name} ({point.value}, from {owner})'"
-    module = _module(what, point.module)
+    module = _module(what, _unshadowed(point))
     return Found(point.name, f"{point.value} ({owner})", _attribute(what, kind, module, point.attr))
+
+
+def _unshadowed(point: EntryPoint) -> str:
+    """The name under which a module of this distribution can be imported.
+
+    A user's own `rewards.py` or `rewards/` in the working directory stands before the package of that name on the path
+    of `python -m` and of `accelerate launch`. The package is then imported under another name.
+    """
+    package, _, rest = point.module.partition(".")
+    init = Path(__file__).resolve().parents[1] / package / "__init__.py"
+    if point.dist is None or point.dist.name != DISTRIBUTION or not init.is_file():
+        return point.module
+    found = importlib.util.find_spec(package)
+    if found is not None and found.origin is not None and Path(found.origin).resolve() == init:
+        return point.module
+    alias = f"rl_lvr_{package}"
+    if alias not in sys.modules:
+        spec = importlib.util.spec_from_file_location(alias, init, submodule_search_locations=[str(init.parent)])
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[alias] = module
+        spec.loader.exec_module(module)
+    return f"{alias}.{rest}"
 
 
 def _from_entry_point(kind: Kind, name: str) -> Found:

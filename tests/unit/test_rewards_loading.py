@@ -240,6 +240,37 @@ def test_two_packages_with_one_name_are_told_apart(monkeypatch: pytest.MonkeyPat
     assert load_rewards(["same"])[0].where == "rewards.accuracy:accuracy (an unknown package)"
 
 
+MINE = "def mine(completions, **_):\n    return [2.0] * len(completions)\n"
+
+
+@pytest.mark.parametrize(
+    ("place", "reference"),
+    [
+        ("rewards.py", "rewards:mine"),
+        ("rewards.py", "rewards.py:mine"),
+        ("rewards/__init__.py", "rewards:mine"),
+        ("rewards/other.py", "rewards/other.py:mine"),
+    ],
+)
+def test_a_users_own_rewards_does_not_hide_the_package(tmp_path: Path, place: str, reference: str) -> None:
+    """`python -m` and `accelerate launch` put the working directory first on the path."""
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).write_text(MINE)
+    program = (
+        "from rl_lvr.training.rewards import load_rewards\n"
+        f"mine, accuracy = load_rewards(['{reference}', 'accuracy'])\n"
+        "print(mine.function(completions=['a']), accuracy.function(completions=['<answer>b</answer>'], answer=['b']))\n"
+    )
+    for words in (["-c", program], ["-m", "rl_lvr.cli", "rewards", "list"]):
+        done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, check=True)
+        said = done.stdout.splitlines()
+        if words[0] == "-c":
+            assert said == ["[2.0] [1.0]"]
+        else:
+            assert any(line.split()[:1] == ["judge"] for line in said), done.stdout
+            assert "there is no module" not in done.stdout
+
+
 def test_signals_of_the_function_and_of_the_recipe() -> None:
     def signals(*entries):
         return signals_of(load_rewards(list(entries)))
