@@ -1,15 +1,12 @@
 """What latents cannot run with, refused at start with the cure, and the hooks of vLLM that they rest on.
 
-vLLM's `ModelState` is an internal interface: `missing_hooks` says by name what a release has taken away.
+vLLM's `ModelState` is an internal interface: `check_hooks` names what a release has taken away.
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
-import inspect
 from collections.abc import Mapping, Sequence
-from functools import reduce
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -18,17 +15,13 @@ import torch
 from packaging.version import Version
 
 from rl_lvr.errors import UserError
+from rl_lvr.hooks import Hook, Modules, find_hook, missing_hooks, name_of
 from rl_lvr.latents.format import FormatIds
 from rl_lvr.ops.backends import interpreted
 
 OLDEST, BEYOND = Version("0.30"), Version("0.34")
 
 _STATE = "vllm.v1.worker.gpu.model_states"
-Modules = str | tuple[str, ...]
-"""A module, or where something has lived in turn, the newest place first."""
-Hook = tuple[Modules, str, tuple[str, ...]]
-"""Module, callable, and parameters that it must take by these names."""
-
 PLANNING = ("vllm.v1.core.kv_cache_planning", "vllm.v1.core.kv_cache_utils")
 ARGUMENTS = ("vllm.entrypoints.common.cli_args", "vllm.entrypoints.launchers.cli_args")
 """Both moved in 0.33."""
@@ -90,40 +83,12 @@ SERVER_HOOKS: tuple[Hook, ...] = (
 """Of `rl-lvr serve` besides. vLLM moves its server's modules from release to release."""
 
 
-def missing_hooks(hooks: Sequence[Hook] = HOOKS) -> list[str]:
-    """What of `hooks` this vLLM does not have, by name; empty if all is there."""
-    missing = []
-    for modules, name, parameters in hooks:
-        found = _find(modules, name)
-        if found is None:
-            missing.append(f"{_places(modules)[0]}.{name}")
-            continue
-        home, hook = found
-        takes = inspect.signature(hook).parameters if parameters else ()
-        missing += [f"{home.__name__}.{name}({parameter})" for parameter in parameters if parameter not in takes]
-    return missing
-
-
 def home_of(modules: Modules, name: str) -> ModuleType:
     """The module in which this vLLM has `name`."""
-    found = _find(modules, name)
+    found = find_hook(modules, name)
     if found is None:
-        raise _lacks([f"{_places(modules)[0]}.{name}"])
+        raise _lacks([name_of(modules, name)])
     return found[0]
-
-
-def _places(modules: Modules) -> tuple[str, ...]:
-    return (modules,) if isinstance(modules, str) else modules
-
-
-def _find(modules: Modules, name: str) -> tuple[ModuleType, Any] | None:
-    for place in _places(modules):
-        try:
-            home = importlib.import_module(place)
-            return home, reduce(getattr, name.split("."), home)
-        except (ImportError, AttributeError):
-            continue
-    return None
 
 
 def check_version(version: str | None = None) -> None:

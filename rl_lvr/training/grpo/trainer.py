@@ -65,6 +65,7 @@ from rl_lvr.training.runs.arguments import (
     refuse_arguments,
 )
 from rl_lvr.training.runs.settings import WITH_FORMAT
+from rl_lvr.training.runs.trl_hooks import GRPO_HOOKS, check_trl
 from rl_lvr.wrapping import sharded, unwrapped
 
 
@@ -106,6 +107,7 @@ class LatentGRPOTrainer(CheckedGRPO):
         Raises:
             UserError: If an argument or a setting would have no effect.
         """
+        check_trl(GRPO_HOOKS)
         config = config_of(args, LatentGRPOConfig, GRPOConfig, f"{name_of(model).split('/')[-1]}-GRPO")
         chosen = format_of(model, latent_format)
         self.specs = specs_of(reward_funcs, config.reward_weights)

@@ -44,6 +44,7 @@ from rl_lvr.training.runs.arguments import (
 )
 from rl_lvr.training.runs.resuming import Moment, Resumable
 from rl_lvr.training.runs.settings import ON_LATENTS, WITH_FORMAT, WITHOUT_FORMAT, refuse_unused
+from rl_lvr.training.runs.trl_hooks import SFT_HOOKS, check_trl
 from rl_lvr.training.sft.config import (
     ARGUMENTS_WITH_RECORDS,
     ON_RECORDS,
@@ -100,6 +101,7 @@ class LatentSFTTrainer(Resumable, SFTTrainer):
         Raises:
             UserError: If an argument or a setting would have no effect.
         """
+        check_trl(SFT_HOOKS)
         if isinstance(args, TrainingArguments) and not isinstance(args, SFTConfig):
             args = SFTConfig(**{**args.to_dict(), "hub_token": args.hub_token})  # as TRL does
         config = config_of(args, LatentSFTConfig, SFTConfig, f"{name_of(model).split('/')[-1]}-SFT")
