@@ -26,7 +26,7 @@ from rl_lvr import cli
 from rl_lvr.accelerated import group_ended
 from rl_lvr.latents.interventions import Intervention
 from rl_lvr.rollout.hf import HFRolloutEngine
-from rl_lvr.training.grpo import calling, main  # noqa: F401, the verb imports it late
+from rl_lvr.training.grpo import LatentGRPOTrainer, main, rewarding  # noqa: F401, the verb imports it late
 from rl_lvr.training.grpo import resuming as grpo_resuming
 from rl_lvr.training.rewards import call
 from rl_lvr.training.runs import resuming
@@ -64,13 +64,13 @@ def lose(what: str, rank: int) -> None:
     if what == "random":
         Trainer._load_rng_state = lambda self, checkpoint: None
     elif what == "order":
-        grpo_resuming.ResumableGRPO._init_training_state = GRPOTrainer._init_training_state
+        LatentGRPOTrainer._init_training_state = GRPOTrainer._init_training_state
     elif what == "buffer":
-        grpo_resuming.ResumableGRPO._load_buffer = lambda self, checkpoint: None
+        grpo_resuming.load_batches = lambda path, device: None
     elif what == "reference":
-        grpo_resuming.ResumableGRPO._load_reference = lambda self, path: None
+        grpo_resuming.Reference.load = lambda self, folder, moment: None
     elif what == "rewards":
-        calling.unpack = lambda text, states: []
+        rewarding.unpack = lambda text, states: []
     elif what in ("latents", "spans"):
         if rank == 1:
             HFRolloutEngine.generate = other_rollouts(HFRolloutEngine.generate, what)

@@ -15,6 +15,7 @@ from rl_lvr.errors import UserError
 from rl_lvr.latents.batch import LatentBatch
 from rl_lvr.latents.format import get_format
 from rl_lvr.rollout.record import read_rollouts
+from rl_lvr.training.grpo.batch import GenerationBatch
 from rl_lvr.training.grpo.config import LatentGRPOConfig
 from rl_lvr.training.grpo.trainer import LatentGRPOTrainer
 
@@ -83,7 +84,7 @@ def test_a_text_batch_is_trl_with_the_banned_ids_out(load_tiny: Any, tmp_path: P
     made["advantages"] = torch.tensor([1.0, -1.0, 0.5, -0.5])
     model.train()
     found = trainer._compute_loss(model, {**made})
-    trainer.markers, markers = None, trainer.markers
+    markers, trainer.run = trainer.markers, None
     plain = trainer._compute_loss(model, {**made})
     head = model.get_output_embeddings()
     bias = torch.zeros(head.weight.shape[0])
@@ -171,7 +172,7 @@ def test_free_length_is_one_decision(load_tiny: Any, tmp_path: Path) -> None:
     slots = trainer.markers.slot == ids[decided]
     with torch.no_grad():
         head[markers.end] *= 0.5
-        trainer._feed = LatentBatch.from_tensors(made)
+        trainer.batch = GenerationBatch(latents=LatentBatch.from_tensors(made), in_loss=True)
         both = [torch.cat([made[f"{part}_{what}"] for part in ("prompt", "completion")], 1) for what in ("ids", "mask")]
         images = {k: made[k] for k in ("pixel_values", "image_grid_thw", "num_images", "mm_token_type_ids")}
         after = trainer._get_per_token_logps_and_entropies(model, *both, ids.shape[1], compute_entropy=True, **images)
@@ -188,14 +189,15 @@ def test_chunks_and_padding_do_not_change_log_probs(load_tiny: Any, tmp_path: Pa
     ids = torch.cat([made["prompt_ids"], made["completion_ids"]], 1)
     mask = torch.cat([made["prompt_mask"], made["completion_mask"]], 1)
     images = {k: made[k] for k in ("pixel_values", "image_grid_thw", "num_images", "mm_token_type_ids")}
-    trainer._feed = LatentBatch.from_tensors(made)
+    trainer.batch = GenerationBatch(latents=LatentBatch.from_tensors(made), in_loss=True)
     keep = made["completion_ids"].shape[1]
     with torch.no_grad():
         found = [
             trainer._get_per_token_logps_and_entropies(model, ids, mask, keep, size, **images)[0] for size in (1, 3, 4)
         ]
         latents = LatentBatch.from_tensors(made)
-        trainer._feed = LatentBatch(latents.values.roll(1, 0), latents.positions, latents.sigma)
+        moved = LatentBatch(latents.values.roll(1, 0), latents.positions, latents.sigma)
+        trainer.batch = GenerationBatch(latents=moved, in_loss=True)
         others = trainer._get_per_token_logps_and_entropies(model, ids, mask, keep, **images)[0]
     for other in found[:2]:
         assert torch.allclose(other, found[2], atol=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from grpo_cases import generation, gradients, logged, make_trainer, opening
 from rl_lvr.errors import Fault
 from rl_lvr.latents.format import get_format
 from rl_lvr.rollout.record import read_rollouts
+from rl_lvr.rollout.types import Rollout
 from rl_lvr.training.grpo.trainer import LatentGRPOTrainer
 
 CUTS: dict[str, dict[str, Any]] = {
@@ -26,11 +28,20 @@ CUTS: dict[str, dict[str, Any]] = {
 WARNING = "the mean importance ratio"
 
 
-class AfterTheCut(LatentGRPOTrainer):
-    """An engine that does not report its cut: the log-probs of the draw pass for those of the whole softmax."""
+def told_otherwise(change: Callable[[Rollout], Rollout]) -> type[LatentGRPOTrainer]:
+    """A trainer whose engine reports other rollouts than it made."""
 
-    def _rollouts(self, *args: Any) -> Any:
-        return [replace(rollout, uncut=None) for rollout in super()._rollouts(*args)]
+    class Told(LatentGRPOTrainer):
+        def __init__(self, *args: Any, **more: Any) -> None:
+            super().__init__(*args, **more)
+            honest = self.run.generator.rollouts
+            self.run.generator.rollouts = lambda *asked: [change(rollout) for rollout in honest(*asked)]
+
+    return Told
+
+
+AfterTheCut = told_otherwise(lambda rollout: replace(rollout, uncut=None))
+"""An engine that does not report its cut: the log-probs of the draw pass for those of the whole softmax."""
 
 
 def run(
@@ -85,7 +96,7 @@ def test_the_gradient_of_log_probs_after_the_cut_vanishes_and_the_run_says_so(
     assert trainer._metrics["train"]["latent/importance_ratio"][0] < 0.5
     (said,) = warnings_of(caplog)
     assert "outside of 0.9 to 1.1" in said
-    trainer._check_ratio(made, "train")
+    trainer.checks.check_ratio(made, with_latents=True)
     assert len(warnings_of(caplog)) == 1  # once in a run
 
 
@@ -93,13 +104,7 @@ def test_the_gradient_of_log_probs_after_the_cut_vanishes_and_the_run_says_so(
 def test_only_a_ratio_outside_of_the_band_warns(
     load_tiny: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, off: float, warns: bool
 ) -> None:
-    class Off(LatentGRPOTrainer):
-        def _rollouts(self, *args: Any) -> Any:
-            return [
-                replace(r, logprobs=torch.where(r.forced, r.logprobs, r.logprobs - off))
-                for r in super()._rollouts(*args)
-            ]
-
+    Off = told_otherwise(lambda r: replace(r, logprobs=torch.where(r.forced, r.logprobs, r.logprobs - off)))
     mode = {"vllm_importance_sampling_mode": "token_truncate"}
     trainer = make_trainer(*opening(load_tiny), tmp_path, kind=Off, replay_tolerance=1.0, **mode)
     generation(trainer)

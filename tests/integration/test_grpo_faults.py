@@ -24,8 +24,8 @@ from rl_lvr.training.grpo.rules import RULES
 from rl_lvr.training.grpo.trainer import LatentGRPOTrainer
 from rl_lvr.training.rewards.call import RewardError
 from rl_lvr.training.rewards.load import load_rewards
-from rl_lvr.training.runs.callbacks import Abandoned, Interrupt
 from rl_lvr.training.runs.checkpoints import defect
+from rl_lvr.training.runs.stopping import Abandoned, Interrupt
 
 FAULTY = """
 calls = 0
@@ -80,9 +80,16 @@ class Spoiled(LatentGRPOTrainer):
             loss.register_hook(lambda gradient: gradient * torch.nan)
         return loss
 
-    def _latent_term(self, *args: Any) -> Tensor:
-        term = super()._latent_term(*args)
-        return term * torch.nan if self.state.global_step == 2 and self.spoils == "loss" else term
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        honest = self.run.policy.loss
+
+        def spoiled(actions: Any) -> Any:
+            found = honest(actions)
+            spoils = self.state.global_step == 2 and self.spoils == "loss"
+            return replace(found, loss=found.loss * torch.nan) if spoils else found
+
+        self.run.policy.loss = spoiled
 
 
 class SpoiledGradient(Spoiled):
@@ -177,7 +184,7 @@ def by_hand(rewards: list[list[float]], weights: list[float], aggregation: str, 
 def test_one_row_left_out_under_every_way_to_scale(load_tiny: Any, tmp_path: Path) -> None:
     trainer = run_of(load_tiny, tmp_path, reward_names=("letters", "first_half"), num_generations=4,
                      per_device_train_batch_size=8)  # fmt: skip
-    trainer._excluded = lambda rollouts: [row == 2 for row in range(len(rollouts))]
+    trainer.run.generator.excluded = lambda rollouts: [row == 2 for row in range(len(rollouts))]
     weights = [1.0, 1.0]
     inputs = [dict(row) for row in rows(images=False, count=2) for _ in range(4)]
     found = {}
@@ -305,7 +312,7 @@ def test_a_step_that_is_given_up_leaves_adaptive_entropy_alone(load_tiny: Any, t
     struck = run_of(load_tiny, tmp_path / "struck", kind=Struck, **settings)
     interrupt = Interrupt()
     struck.add_callback(interrupt)
-    interrupt.install(struck)
+    interrupt.install(struck.stopping)
     struck.train()
     assert kept(tmp_path / "struck") == [2]
     one, two = (
@@ -324,7 +331,7 @@ def test_a_signal_gives_up_the_step_but_not_the_run(load_tiny: Any, tmp_path: Pa
     trainer = run_of(load_tiny, tmp_path)
     interrupt = Interrupt()
     trainer.add_callback(interrupt)
-    interrupt.install(trainer)
+    interrupt.install(trainer.stopping)
     generate, calls = trainer.engine.generate, []
 
     def told(requests: Any, sampling: Any) -> Any:

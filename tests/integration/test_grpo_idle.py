@@ -23,9 +23,9 @@ def loss_and_gradients(trainer: Any, made: dict[str, Any]) -> tuple[float, dict[
 
 def differences(trainer: Any, made: dict[str, Any]) -> tuple[float, float]:
     """Of the loss and, relative to the largest element, of the gradients, with rows left out and without."""
-    trainer._drops_idle = True
+    trainer.run.drops_idle = True
     loss, found = loss_and_gradients(trainer, made)
-    trainer._drops_idle = False
+    trainer.run.drops_idle = False
     full_loss, full = loss_and_gradients(trainer, made)
     assert found.keys() == full.keys()
     most = max(float(gradient.abs().max()) for gradient in full.values())
@@ -38,7 +38,7 @@ def test_loss_and_gradient_are_those_of_all_rows(
     load_tiny: Any, tmp_path: Path, policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make_trainer(*opening(load_tiny), tmp_path, latent_policy=policy)
-    assert trainer._drops_idle
+    assert trainer.run.drops_idle
     made = generation(trainer)
     made["advantages"] = torch.tensor([1.0, 0.0, 0.0, -0.5])
     made["old_per_token_logps"] = made["old_per_token_logps"] - 0.05  # ratios that are not 1
@@ -79,7 +79,7 @@ def test_one_row_stays(load_tiny: Any, tmp_path: Path) -> None:
     assert all(not bool(gradient.any()) for gradient in found.values())
     assert trainer._metrics["train"]["frac_dropped"] == [0.75, 0.75]
     metric = trainer._metrics["train"]["entropy"]
-    trainer._drops_idle = False
+    trainer.run.drops_idle = False
     trainer._compute_loss(trainer.model, {**made})
     assert metric[0] > 0
     assert len(metric) == 3
@@ -152,10 +152,10 @@ def test_entropy_is_that_of_the_kept_rows() -> None:
 def test_only_where_it_changes_nothing(load_tiny: Any, tmp_path: Path) -> None:
     for changes in ({"beta": 0.1}, {"entropy_coef": 0.1}, {"top_entropy_quantile": 0.5}):
         model, processor = opening(load_tiny)
-        assert not make_trainer(model, processor, tmp_path, **changes)._drops_idle
+        assert not make_trainer(model, processor, tmp_path, **changes).run.drops_idle
         with pytest.raises(UserError, match=f"leaves out rows that {next(iter(changes))}"):
             make_trainer(model, processor, tmp_path, drop_idle_groups=True, **changes)
-    assert not make_trainer(*opening(load_tiny), tmp_path, drop_idle_groups=False)._drops_idle
+    assert not make_trainer(*opening(load_tiny), tmp_path, drop_idle_groups=False).run.drops_idle
 
 
 def test_a_run_logs_it(load_tiny: Any, tmp_path: Path) -> None:

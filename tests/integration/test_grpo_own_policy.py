@@ -97,7 +97,7 @@ def test_an_entry_point_names_it(load_tiny: Any, tmp_path: Path, file: Path, mon
     point = EntryPoint("regression", f"{file.stem}:Regression", "rl_lvr.latent_policies")
     monkeypatch.setattr(plugins, "entry_points", lambda group: [point] if group == point.group else [])
     trainer = trainer_with(load_tiny, tmp_path, "regression")
-    assert type(trainer.policy).__name__ == "Regression"
+    assert type(trainer.run.policy).__name__ == "Regression"
     with pytest.raises(UserError, match=r"no latent_policy 'regresion'; did you mean 'regression'\?"):
         trainer_with(load_tiny, tmp_path, "regresion")
 

@@ -121,7 +121,7 @@ def test_importance_sampling_corrections(load_tiny: Any, tmp_path: Path, mode: s
 
         def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
             super()._generate_single_turn(*args, **kwargs)
-            turn = self._turn
+            turn = self.batch
             turn.rollouts = [
                 replace(r, logprobs=torch.where(r.forced, r.logprobs, r.logprobs - 0.2)) for r in turn.rollouts
             ]
@@ -278,7 +278,7 @@ class Swapped(LatentGRPOTrainer):
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         made = super()._generate_single_turn(*args, **kwargs)
-        turn = self._turn
+        turn = self.batch
         pairs = [
             (i, j)
             for i, one in enumerate(turn.rollouts)
@@ -337,7 +337,7 @@ def half_run(load_tiny: Any, folder: Path, half: str, **more: Any) -> Any:
 def test_in_half_precision_a_run_passes(load_tiny: Any, tmp_path: Path, half: str) -> None:
     trainer = half_run(load_tiny, tmp_path, half, latent_policy="gaussian", parity_check=True)
     trainer.train()
-    assert trainer._tolerance == (0.1, False)
+    assert trainer.checks.tolerance == (0.1, False)
     assert logged(trainer, "latent/rate")[0] > 0.3
     for name in ("logp", "latent"):
         mean, row, most = (logged(trainer, f"latent/replay_{name}_diff{end}")[0] for end in ("_mean", "_row", ""))
@@ -371,7 +371,7 @@ def test_swapped_latents_alone_are_noticed(load_tiny: Any, tmp_path: Path) -> No
     class Forced(Swapped):
         def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
             made = super()._generate_single_turn(*args, **kwargs)
-            self._turn.rollouts = [replace(r, forced=torch.ones_like(r.forced)) for r in self._turn.rollouts]
+            self.batch.rollouts = [replace(r, forced=torch.ones_like(r.forced)) for r in self.batch.rollouts]
             return made
 
     more = {"parity_check": False, "per_device_train_batch_size": 8}
@@ -389,7 +389,7 @@ def test_latents_that_are_left_out_stop_the_run(load_tiny: Any, tmp_path: Path) 
     class Dropped(LatentGRPOTrainer):
         def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
             made = super()._generate_single_turn(*args, **kwargs)
-            self._turn.rollouts = [replace(r, latents=r.latents[:0], latent_positions=()) for r in self._turn.rollouts]
+            self.batch.rollouts = [replace(r, latents=r.latents[:0], latent_positions=()) for r in self.batch.rollouts]
             return made
 
     trainer = make_trainer(*opening(load_tiny), tmp_path, kind=Dropped, parity_check=False)

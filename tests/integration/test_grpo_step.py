@@ -63,8 +63,8 @@ def test_necessity_rolls_out_again_without_latents(load_tiny: Any, tmp_path: Pat
 def test_without_latents_there_is_no_slot(load_tiny: Any, tmp_path: Path) -> None:
     trainer = make_trainer(*opening(load_tiny), tmp_path, reward_names=("needed",), max_completion_length=20)
     turns: list[Any] = []
-    honest = trainer._completed
-    trainer._completed = lambda *asked: turns.append(honest(*asked)) or turns[-1]
+    honest = trainer.run.generator.completed
+    trainer.run.generator.completed = lambda *asked: turns.append(honest(*asked)) or turns[-1]
     generation(trainer)
     first, again = turns[0], turns[-1]
     assert any(rollout.latent_positions for rollout in first)
@@ -146,13 +146,13 @@ def test_phases_add_up_to_the_step(load_tiny: Any, tmp_path: Path) -> None:
 
 def test_padding_is_no_work(load_tiny: Any, tmp_path: Path) -> None:
     trainer = make_trainer(*opening(load_tiny), tmp_path)
-    trainer._peak_flops = 1e12
+    trainer.timing.peak_flops = 1e12
     mask = torch.ones(2, 10, dtype=torch.long)
-    trainer._note_work("score", mask[:, :7], 3)
-    trainer._note_work("generate", torch.cat([mask[:, :7], 0 * mask[:, 7:]], 1), 6)  # three columns of padding
-    assert trainer.phases._flops["score"] == trainer.phases._flops["generate"] > 0
-    trainer._note_work("loss", mask, 6)
-    assert trainer.phases._flops["loss"] > 3 * trainer.phases._flops["score"]
+    trainer.timing.note_work("score", mask[:, :7], 3)
+    trainer.timing.note_work("generate", torch.cat([mask[:, :7], 0 * mask[:, 7:]], 1), 6)  # three columns of padding
+    assert trainer.timing.phases._flops["score"] == trainer.timing.phases._flops["generate"] > 0
+    trainer.timing.note_work("loss", mask, 6)
+    assert trainer.timing.phases._flops["loss"] > 3 * trainer.timing.phases._flops["score"]
 
 
 def test_the_table_shows_latents_and_signals(load_tiny: Any, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from rl_lvr.data.images import ImageRef
-from rl_lvr.training.grpo.columns import _paths, _without_images
+from rl_lvr.training.grpo.recording import _paths, _without_images
 
 
 def test_images_are_named_by_their_files(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rl_lvr.training.runs.callbacks import Abandoned, Interrupt
+from rl_lvr.training.runs.stopping import Abandoned, Interrupt
 
 
 @pytest.fixture

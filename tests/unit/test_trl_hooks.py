@@ -31,9 +31,7 @@ def test_a_missing_hook_is_named(hook: Hook) -> None:
 
 def test_the_refusal_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(GRPOTrainer, "_generate_single_turn")
-    with pytest.raises(
-        UserError, match=r"^trl .* lack trl.trainer.grpo_trainer.GRPOTrainer._generate_single_turn,"
-    ):
+    with pytest.raises(UserError, match=r"^trl .* lack trl.trainer.grpo_trainer.GRPOTrainer._generate_single_turn,"):
         check_trl(GRPO_HOOKS)
 
 

@@ -18,7 +18,8 @@ from rl_lvr.models import Family
 from rl_lvr.rollout.replay import drawn_again
 from rl_lvr.rollout.types import Request, Rollout, Sampling, latent_batch
 from rl_lvr.signals import Column
-from rl_lvr.training.grpo.scoring import own_latents
+from rl_lvr.training.grpo.filtering import Kept
+from rl_lvr.training.grpo.scoring import FedModel, own_latents
 
 
 @dataclass(frozen=True)
@@ -30,30 +31,85 @@ class Again:
     """What follows the first pair."""
 
 
-@dataclass
-class Turn:
-    """What is known about a generation batch while TRL scores it."""
+@dataclass(frozen=True)
+class PolicyPass:
+    """What the policy pass of a micro-batch found."""
 
+    logprobs: Tensor
+    """[B, C], without gradient."""
+    fed: FedModel
+
+
+@dataclass
+class GenerationBatch:
+    """The rows of a generation batch on their way from the engine to the loss.
+
+    TRL shuffles and splits a batch between its scoring and the loss: `tensors` and `from_tensors` are the way there.
+    """
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    """Of the data, with the columns that it has."""
     requests: list[Request] = field(default_factory=list)
-    rollouts: list[Rollout] = field(default_factory=list)
     sampling: Sampling = field(default_factory=Sampling)
-    """How they were drawn."""
+    """How rollouts are drawn."""
+    rollouts: list[Rollout] = field(default_factory=list)
     excluded: list[bool] = field(default_factory=list)
     """Which rollouts are left out of the loss and of their group."""
-    latents: LatentBatch | None = None
-    """Positions in the padded ids; set by the first scoring pass, like the two below."""
-    old_means: Tensor | None = None
-    columns: dict[str, Column] = field(default_factory=dict)
-    reference_means: Tensor | None = None
     again: list[Again | None] | None = None
     """What came of the same prompts and seeds without latents, where a reward asks for it."""
     made: dict[str, list[Any]] = field(default_factory=dict)
     """Columns made for rewards that are recorded."""
 
+    latents: LatentBatch | None = None
+    """The carrier. Positions count in the padded ids; set by the scoring pass, like the two below."""
+    old_means: Tensor | None = None
+    """[B, N, H], f(h) under the parameters that made the rollouts."""
+    columns: dict[str, Column] = field(default_factory=dict)
+    """Signals, by name."""
+    reference_means: Tensor | None = None
+
+    level: Tensor | None = None
+    """[B of all processes] bool, rows of groups in which no rewards differ."""
+
+    in_loss: bool = False
+    """Whether it is a micro-batch of the loss."""
+    kept: Kept | None = None
+    """The rows that the policy pass computes; None for all."""
+    policy_pass: PolicyPass | None = None
+
     def carrier(self, start: int, device: torch.device) -> LatentBatch:
-        """The latents, positions counted in ids whose prompts are padded on the left to `start` tokens."""
+        """Return the latents, positions counted in ids whose prompts are padded on the left to `start` tokens."""
         offsets = torch.tensor([start - len(rollout.prompt_ids) for rollout in self.rollouts])
         return latent_batch(self.rollouts).shifted(offsets).to(device)
+
+    def loss_mask(self) -> list[list[int]]:
+        """Return 1 for tokens that take part in the loss: not for forced ones, nor for rollouts that are left out."""
+        return [
+            (~rollout.forced & (not left_out)).int().tolist()
+            for rollout, left_out in zip(self.rollouts, self.excluded, strict=True)
+        ]
+
+    def tensors(self, *, with_means: bool) -> dict[str, Tensor]:
+        """Return what the loss needs, row by row, for TRL to shuffle and split."""
+        assert self.latents is not None
+        assert self.old_means is not None
+        found = self.latents.as_tensors()
+        if with_means:
+            found["latent_old_means"] = self.old_means
+            if self.reference_means is not None:
+                found["latent_reference_means"] = self.reference_means
+        return found
+
+    @classmethod
+    def from_tensors(cls, inputs: Mapping[str, Any], *, drops_idle: bool) -> GenerationBatch:
+        """Return a micro-batch of the loss."""
+        return cls(
+            latents=LatentBatch.from_tensors(dict(inputs)),
+            old_means=inputs.get("latent_old_means"),
+            reference_means=inputs.get("latent_reference_means"),
+            kept=Kept.of(inputs) if drops_idle else None,
+            in_loss=True,
+        )
 
 
 def build_requests(

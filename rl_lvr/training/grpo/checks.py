@@ -5,27 +5,28 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rl_lvr.agreement import agree
+from rl_lvr.agreement import agree, concatenated, largest, mean_of_all
 from rl_lvr.errors import UserError
-from rl_lvr.latents.batch import LatentBatch
 from rl_lvr.latents.format import FormatIds, LatentFormat
 from rl_lvr.latents.text import ControlTokens
 from rl_lvr.rollout.replay import check_parity
-from rl_lvr.rollout.types import Sampling
-from rl_lvr.signals import between_samples, pooled
-from rl_lvr.training.grpo.batch import ROW_SHARE, Turn, replay_difference, require_agreement
+from rl_lvr.rollout.types import RolloutEngine
+from rl_lvr.signals import SignalSpec, between_samples, pooled
+from rl_lvr.training.grpo.batch import ROW_SHARE, GenerationBatch, replay_difference, require_agreement
+from rl_lvr.training.grpo.columns import require_columns
 from rl_lvr.training.grpo.config import WITH_LATENTS, WITHOUT_LATENTS, LatentGRPOConfig
 from rl_lvr.training.grpo.filtering import Unopened
+from rl_lvr.training.grpo.generation import Generator
 from rl_lvr.training.grpo.policies import policy_of
 from rl_lvr.training.grpo.rules import RULES
 from rl_lvr.training.grpo.scoring import own_latents
-from rl_lvr.training.grpo.timing import TimedGRPO
+from rl_lvr.training.rewards.load import RewardSpec
+from rl_lvr.training.runs.metrics import Metrics
 from rl_lvr.training.runs.settings import WITH_FORMAT, WITHOUT_FORMAT, refuse_unused
 
 PARITY_ROWS = 4
@@ -35,32 +36,39 @@ gradient is at most a tenth too small or too large."""
 _log = logging.getLogger(__name__)
 
 
-class CheckedGRPO(TimedGRPO):
-    """The parts of `LatentGRPOTrainer` that check and count."""
+class Checks:
+    """What a trainer holds its rollouts against, and what it measures of them."""
 
-    args: LatentGRPOConfig
-    sampling: Sampling
-    markers: FormatIds | None
-    _parity_known: bool
-    _ratio_noted: bool
+    def __init__(self, config: LatentGRPOConfig, dtype: torch.dtype, metrics: Metrics) -> None:
+        self._config, self._metrics = config, metrics
+        self._exact = dtype in (torch.float32, torch.float64) and not (config.bf16 or config.fp16)
+        self._parity_known = not config.parity_check
+        self._ratio_noted = False
+        self._unopened = Unopened()
 
-    def _check_parity(self, turn: Turn, sampling: Sampling) -> None:
+    @property
+    def tolerance(self) -> tuple[float, bool]:
+        """What a replay may be off by, and whether that holds for the largest difference or only for means."""
+        given = self._config.replay_tolerance
+        return (1e-3 if self._exact else 0.1) if given is None else given, self._exact
+
+    def check_parity(self, batch: GenerationBatch, generator: Generator, model: nn.Module, step: int) -> None:
         """Before the first step: the engine against the model, and a control with SLOT's embeddings for latents.
 
-        In half precision single log-probs say little, and `_check_replay` judges by their mean; latents are compared
+        In half precision single log-probs say little, and `check_replay` judges by their mean; latents are compared
         with the room that rounding needs.
         """
-        with_latents = [row for row, rollout in enumerate(turn.rollouts) if rollout.latent_positions]
-        counts = self.accelerator.gather(torch.tensor([len(with_latents)], device=self.accelerator.device))
-        count = min(PARITY_ROWS, int(counts.min()))  # as many in every process: under ZeRO-3 each row is a collective
+        with_latents = [row for row, rollout in enumerate(batch.rollouts) if rollout.latent_positions]
+        fewest = -largest(-len(with_latents))[0]
+        count = min(PARITY_ROWS, fewest)  # as many in every process: under ZeRO-3 each row is a collective
         if self._parity_known or not count:
             return
         self._parity_known = True
-        requests = [turn.requests[row] for row in with_latents[:count]]
-        sampling = replace(sampling, sigma=0.0)
-        rollouts = self._rollouts(requests, sampling)
-        report = check_parity(self.engine, self.model, requests, sampling, rollouts=rollouts)
-        tolerance, exact = self._tolerance
+        requests = [batch.requests[row] for row in with_latents[:count]]
+        sampling = replace(batch.sampling, sigma=0.0)
+        rollouts = generator.rollouts(requests, sampling, step)
+        report = check_parity(generator.engine, model, requests, sampling, rollouts=rollouts)
+        tolerance, exact = self.tolerance
         size = max([1.0, *(float(r.latents.abs().max()) for r in rollouts if len(r.latents))])
         apart = report.max_dh / size / (1 if exact else ROW_SHARE)
         if exact:
@@ -78,52 +86,19 @@ class CheckedGRPO(TimedGRPO):
                 max(report.control_dh, report.control_dlogp),
             )
 
-    def _refuse_control(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """A control token in a conversation's text would act as one. A prompt that is one text is taken as it is."""
-        problem = None
-        for number, row in enumerate(rows):
-            messages = row["prompt"]
-            if isinstance(messages, str) or (number and messages is rows[number - 1]["prompt"]):
-                continue
-            found = self._control.in_messages(messages, "prompt")
-            if found is not None:
-                name = repr(row["id"]) if "id" in row else f"{number} of this generation batch"
-                problem = (
-                    f"the prompt of record {name}: {found[0]} holds the control token {found[1]!r}, which would act as "
-                    "one; spell it differently"
-                )
-                break
-        agree(problem)
-
-    @cached_property
-    def _control(self) -> ControlTokens:
-        assert self.markers is not None
-        return ControlTokens(self._tokenizer, self.markers, self.markers.placeholders)
-
-    @property
-    def _tolerance(self) -> tuple[float, bool]:
-        """What a replay may be off by, and whether that holds for the largest difference or only for means."""
-        exact = self.model.dtype in (torch.float32, torch.float64) and not (self.args.bf16 or self.args.fp16)
-        given: float | None = self.args.replay_tolerance
-        return (1e-3 if exact else 0.1) if given is None else given, exact
-
     @torch.no_grad()
-    def _check_replay(self, turn: Turn, logprobs: Tensor, attention_mask: Tensor) -> None:
-        assert turn.latents is not None
-        assert turn.old_means is not None
+    def check_replay(self, batch: GenerationBatch, logprobs: Tensor, attention_mask: Tensor) -> None:
+        """The rollouts against the scoring pass, whose log-probs [B, C] and mask [B, T] these are."""
+        assert batch.latents is not None
+        assert batch.old_means is not None
         found = replay_difference(
-            turn.rollouts,
-            turn.latents,
-            turn.old_means,
-            logprobs,
-            attention_mask,
-            turn.sampling.noise,
+            batch.rollouts, batch.latents, batch.old_means, logprobs, attention_mask, batch.sampling.noise
         )
         for name, what, part in (
             ("replay_logp_diff", "log-probs", found.logp),
             ("replay_latent_diff", "latents, relative to their norm", found.latent),
         ):
-            everywhere = self.accelerator.gather(part[None])
+            everywhere = concatenated(part[None])
             total, count = everywhere[:, 1:3].sum(0).tolist()
             differences = {
                 "largest difference": float(everywhere[:, 0].max()),
@@ -131,35 +106,34 @@ class CheckedGRPO(TimedGRPO):
                 "mean difference within one rollout": float(everywhere[:, 3].max()),
             }
             for suffix, value in zip(("", "_mean", "_row"), differences.values(), strict=True):
-                self._metrics[self._mode][f"latent/{name}{suffix}"].append(value)
-            require_agreement(differences, what, *self._tolerance)
+                self._metrics.add(f"latent/{name}{suffix}", value)
+            require_agreement(differences, what, *self.tolerance)
 
-    def _log_latents(self, latents: LatentBatch, start: int, mode: str) -> None:
+    def note(self, batch: GenerationBatch, markers: FormatIds, start: int, group_size: int) -> None:
+        """Measure the rollouts: latents of the completions, which begin at `start`, and what cuts kept."""
+        assert batch.latents is not None
+        latents = batch.latents
         own = own_latents(latents, start)
         counts = own.sum(1)
         norms = latents.values[own].float().norm(dim=-1)
-        rate = self._add_mean(mode, "latent/rate", float((counts > 0).sum()), len(counts))
-        assert self.markers is not None
-        if mode == "train" and self.markers.format.feedback != "none":
+        rate = self._metrics.add_mean("latent/rate", float((counts > 0).sum()), len(counts))
+        if self._metrics.training and markers.format.feedback != "none":
             warning = self._unopened.note(rate or 0.0)
-            if warning is not None and self.accelerator.is_main_process:
+            if warning is not None and self._config.process_index == 0:
                 _log.warning("%s", warning)
-        self._add_mean(mode, "latent/count", float(counts.sum()), len(counts))
-        self._add_mean(mode, "latent/norm", float(norms.sum()), len(norms))
+        self._metrics.add_mean("latent/count", float(counts.sum()), len(counts))
+        self._metrics.add_mean("latent/norm", float(norms.sum()), len(norms))
         vectors = torch.stack([pooled(latents.values[row][own[row]]) for row in range(len(own))])
-        size = self.num_generations if mode == "train" else self.num_generations_eval
-        everywhere = self.accelerator.gather(vectors)
-        found = between_samples(everywhere, torch.arange(len(everywhere)) // size)
+        everywhere = concatenated(vectors)
+        found = between_samples(everywhere, torch.arange(len(everywhere)) // group_size)
         if found.pairs:
-            self._metrics[mode]["latent/collapse"].append(found.cosine)
-
-    def _log_kept_mass(self, turn: Turn, mode: str) -> None:
-        """Over the tokens that the loss sees: how much of the distribution `top_k`, `top_p` and `min_p` kept."""
-        seen = [r for r, left_out in zip(turn.rollouts, turn.excluded, strict=True) if not left_out]
+            self._metrics.add("latent/collapse", found.cosine)
+        # Over the tokens that the loss sees: how much of the distribution top_k, top_p and min_p kept.
+        seen = [r for r, left_out in zip(batch.rollouts, batch.excluded, strict=True) if not left_out]
         kept = torch.cat([torch.empty(0), *(r.log_kept_mass[~r.forced].cpu() for r in seen)]).exp()
-        self._add_mean(mode, "latent/kept_mass", float(kept.sum()), len(kept))
+        self._metrics.add_mean("latent/kept_mass", float(kept.sum()), len(kept))
 
-    def _check_ratio(self, output: Mapping[str, Any], mode: str) -> None:
+    def check_ratio(self, output: Mapping[str, Any], *, with_latents: bool) -> None:
         """Warn, once in a run, if the importance-sampling ratio scales the gradient up or down on average.
 
         The ratio is the one that TRL multiplies the loss with, after its clipping or masking.
@@ -168,16 +142,16 @@ class CheckedGRPO(TimedGRPO):
         if ratio is None:
             return
         mask = output["completion_mask"] * output.get("tool_mask", 1)
-        mean = self._mean_of_all(float((ratio * mask).sum()), int(mask.sum()))
+        mean = mean_of_all(float((ratio * mask).sum()), int(mask.sum()))
         if mean is None:
             return
-        if self.markers is not None:
-            self._metrics[mode]["latent/importance_ratio"].append(mean)
+        if with_latents:
+            self._metrics.add("latent/importance_ratio", mean)
         low, high = RATIO_BAND
-        if low <= mean <= high or mode != "train" or self._ratio_noted:
+        if low <= mean <= high or not self._metrics.training or self._ratio_noted:
             return
         self._ratio_noted = True
-        if self.accelerator.is_main_process:
+        if self._config.process_index == 0:
             _log.warning(
                 "the mean importance ratio of the trainer's token probabilities to the engine's is %.3g, outside of "
                 "%g to %g, so the policy gradient is scaled by about that much. Likely causes: the engine computes in "
@@ -189,33 +163,37 @@ class CheckedGRPO(TimedGRPO):
                 high,
             )
 
-    def _mean_of_all(self, total: float, count: int) -> float | None:
-        """A mean over all processes; None where nothing was counted."""
-        mine = torch.tensor([[total, count]], dtype=torch.float32, device=self.accelerator.device)
-        total, count = self.accelerator.gather(mine).sum(0).tolist()
-        return total / count if count else None
 
-    @cached_property
-    def _unopened(self) -> Unopened:
-        return Unopened()
-
-    def _add_mean(self, mode: str, name: str, total: float, count: int) -> float | None:
-        """A metric that is a mean over all processes; nothing where nothing was counted."""
-        mean = self._mean_of_all(total, count)
-        if mean is not None:
-            self._metrics[mode][name].append(mean)
-        return mean
-
-    def _add_max(self, mode: str, name: str, value: float) -> None:
-        mine = torch.tensor([value], device=self.accelerator.device)
-        self._metrics[mode][name].append(float(self.accelerator.gather(mine).max()))
+def refuse_control_tokens(rows: Sequence[Mapping[str, Any]], control: ControlTokens) -> None:
+    """A control token in a conversation's text would act as one. A prompt that is one text is taken as it is."""
+    problem = None
+    for number, row in enumerate(rows):
+        messages = row["prompt"]
+        if isinstance(messages, str) or (number and messages is rows[number - 1]["prompt"]):
+            continue
+        found = control.in_messages(messages, "prompt")
+        if found is not None:
+            name = repr(row["id"]) if "id" in row else f"{number} of this generation batch"
+            problem = (
+                f"the prompt of record {name}: {found[0]} holds the control token {found[1]!r}, which would act as "
+                "one; spell it differently"
+            )
+            break
+    agree(problem)
 
 
-def refuse_latent_settings(args: LatentGRPOConfig) -> None:
-    """Refuse settings that a run without latents would not read."""
+def refuse_latents(
+    args: LatentGRPOConfig, specs: Sequence[RewardSpec], signals: Sequence[SignalSpec], engine: RolloutEngine | None
+) -> None:
+    """Refuse settings and rewards that a run without latents has nothing for."""
     refuse_unused(args, WITHOUT_LATENTS, WITHOUT_FORMAT)
     if args.on_rollout != RULES:
         raise UserError(f"on_rollout cannot be used {WITHOUT_FORMAT} (rollouts are TRL's): leave it out.")
+    if engine is not None:
+        raise UserError("an engine is given but no latent format: TRL generates by itself then.")
+    if signals:
+        raise UserError(f"signal {signals[0].name!r} needs a latent format: leave its reward out.")
+    require_columns(specs, without_latents=True)
 
 
 def check_settings(args: LatentGRPOConfig, latent_format: LatentFormat, hidden_size: int) -> None:

@@ -18,6 +18,7 @@ from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_b
 
 from rl_lvr.errors import Fault, UserError
 from rl_lvr.training.grpo.config import LatentGRPOConfig
+from rl_lvr.training.runs.moments import Moment, Part
 
 _log = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ class Kept:
         return self.spread(logprobs, self.old), self.spread(entropies, mean.expand(self.old.shape))
 
 
-class Idle:
+class Idle(Part):
     """Counts generation batches in a row that teach nothing: in every group all rewards are the same."""
 
     def __init__(self, most: int | None) -> None:
@@ -120,6 +121,12 @@ class Idle:
         if self.count and not self._warned:
             self._warned = True
             _log.warning("no group's rewards differ in this generation batch, so it teaches nothing (said once)")
+
+    def now(self, moment: Moment) -> None:
+        moment.counters["idle"] = self.count
+
+    def take(self, moment: Moment) -> None:
+        self.count = moment.counters["idle"]
 
 
 class Unopened:

@@ -19,7 +19,7 @@ from rl_lvr.data.records import load_records
 from rl_lvr.errors import UserError
 from rl_lvr.latents.format import LatentFormat
 from rl_lvr.signals import parse_signals
-from rl_lvr.training.grpo.checks import check_settings, refuse_latent_settings
+from rl_lvr.training.grpo.checks import check_settings, refuse_latents
 from rl_lvr.training.grpo.columns import require_columns
 from rl_lvr.training.grpo.config import WITHOUT_EFFECT, GRPORecipe
 from rl_lvr.training.grpo.engines import check_engine, make_engine
@@ -27,7 +27,7 @@ from rl_lvr.training.grpo.policies import policy_of
 from rl_lvr.training.grpo.trainer import LatentGRPOTrainer
 from rl_lvr.training.rewards.load import MADE_BY_TRAINER, RewardSpec, load_rewards, signals_of
 from rl_lvr.training.rewards.options import FROM_TRAINER
-from rl_lvr.training.runs.execute import Run, conduct
+from rl_lvr.training.runs.execute import Run, execute
 from rl_lvr.training.runs.prepare import (
     adapter_of,
     check_files,
@@ -93,20 +93,17 @@ def train_grpo(config: GRPORecipe, model_config: ModelConfig, given: dict[str, A
         )
 
     with nullcontext() if engine is None else closing(engine):
-        return conduct(Run("grpo", config, model_config, given, start), build, encoder, questions)
+        return execute(Run("grpo", config, model_config, given, start), build, encoder, questions)
 
 
 def _check_plan(config: GRPORecipe, specs: list[RewardSpec], chosen: LatentFormat | None, encoder: Encoder) -> None:
     """What the trainer would refuse, before weights are read."""
-    signals = parse_signals(signals_of(specs))
-    require_columns(specs, without_latents=chosen is None)
     if chosen is not None:
+        require_columns(specs)
         check_settings(config, chosen, encoder.family.hidden_size)
         check_engine(config.engine, cast("dict[str, Any] | None", config.engine_options), config)
         return
-    refuse_latent_settings(config)
-    if signals:
-        raise UserError(f"signal {signals[0].name!r} needs a latent format: leave its reward out.")
+    refuse_latents(config, specs, parse_signals(signals_of(specs)), None)
     if config.engine != "hf" or config.engine_options:
         raise UserError("latent_format is none, and TRL generates by itself then: leave engine and its options out.")
 

@@ -20,102 +20,82 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from rl_lvr.errors import UserError
-from rl_lvr.rollout.record import FOLDER, drop_from
-from rl_lvr.training.grpo.filtering import Idle
 from rl_lvr.training.runs.checkpoints import foreign
-from rl_lvr.training.runs.resuming import Moment, Resumable
+from rl_lvr.training.runs.moments import Moment, Part
 from rl_lvr.wrapping import gathered, unwrapped
 
 _REFERENCE = "reference.safetensors"
 
 
-class ResumableGRPO(Resumable, GRPOTrainer):
-    """TRL's trainer, resumed exactly."""
+class Place(Part):
+    """Where a run stands in its data and in its generation batch."""
 
-    def __init__(self, *args: Any, **more: Any) -> None:
-        self._sampler: Any = None
-        super().__init__(*args, **more)
-        self._idle = Idle(self.args.max_idle_steps)
+    def __init__(self, trainer: GRPOTrainer) -> None:
+        self._trainer = trainer
+        self.sampler: Any = None
+        """Of the training data, once TRL has made it."""
 
-    # ---- the order of the data
-
-    def _get_train_sampler(self, dataset: Any = None) -> Any:
-        self._sampler = super()._get_train_sampler(dataset)
-        return self._sampler
-
-    def _init_training_state(self, *args: Any, **more: Any) -> tuple[int, int]:
-        """A new `RepeatSampler` would shuffle the epoch that is resumed as it shuffled the first."""
-        epochs, steps = super()._init_training_state(*args, **more)
-        if self._sampler is not None and self._sampler.shuffle:
+    def skip_epochs(self, epochs: int) -> None:
+        """Shuffle as often as was done before: a new sampler would shuffle the epoch that is resumed as the first."""
+        if self.sampler is not None and self.sampler.shuffle:
             for _ in range(epochs):
-                torch.randperm(self._sampler.num_samples, generator=self._sampler.generator)
-        drop_from(Path(self.args.output_dir) / FOLDER, self.accelerator.process_index, self.state.global_step)
-        return epochs, steps
+                torch.randperm(self.sampler.num_samples, generator=self.sampler.generator)
 
-    # ---- moments
+    def now(self, moment: Moment) -> None:
+        trainer = self._trainer
+        moment.counters["micro_batches"] = trainer._step
+        if trainer.use_adaptive_entropy:  # TRL moves it within the loss, before the step is done
+            moment.counters["entropy"] = [trainer.entropy_coef, trainer._last_world_entropy]
+        moment.held["generation"] = trainer._buffered_inputs
 
-    def _now(self) -> Moment:
-        moment = super()._now()
-        moment.counters |= {"micro_batches": self._step, "idle": self._idle.count}
-        if self.use_adaptive_entropy:  # TRL moves it within the loss, before the step is done
-            moment.counters["entropy"] = [self.entropy_coef, self._last_world_entropy]
-        moment.buffer = self._buffered_inputs
-        return moment
+    def take(self, moment: Moment) -> None:
+        trainer = self._trainer
+        trainer._step = moment.counters["micro_batches"]
+        if trainer.use_adaptive_entropy and "entropy" in moment.counters:
+            trainer.entropy_coef, trainer._last_world_entropy = moment.counters["entropy"]
+            trainer._entropy_window_stats = None  # whole at the end of a step
+        trainer._buffered_inputs = moment.held.get("generation")
 
-    def _take(self, moment: Moment) -> None:
-        super()._take(moment)
-        self._step = moment.counters["micro_batches"]
-        self._idle.count = moment.counters["idle"]
-        if self.use_adaptive_entropy and "entropy" in moment.counters:
-            self.entropy_coef, self._last_world_entropy = moment.counters["entropy"]
-            self._entropy_window_stats = None  # whole at the end of a step
-        self._buffered_inputs = moment.buffer
+    def save(self, folder: Path) -> None:
+        trainer = self._trainer
+        inside = trainer._step % (trainer.args.steps_per_generation * trainer.num_iterations) != 0
+        if inside and trainer._buffered_inputs is not None:
+            save_batches(trainer._buffered_inputs, self._path(folder))
 
-    @property
-    def _inside_generation_batch(self) -> bool:
-        return self._step % (self.args.steps_per_generation * self.num_iterations) != 0
+    def load(self, folder: Path, moment: Moment | None) -> None:
+        count = len(list(folder.glob("generation-*.safetensors")))
+        if count not in (0, self._trainer.args.world_size):
+            raise UserError(f"{folder} lies inside a generation batch of {count} processes: resume it with as many.")
+        path = self._path(folder)
+        if moment is not None and path.is_file():
+            moment.held["generation"] = load_batches(path, self._trainer.accelerator.device)
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        if self._inside_generation_batch and self._buffered_inputs is not None:
-            save_batches(self._buffered_inputs, self._buffer_path(Path(output_dir)))
-        if self.args.sync_ref_model:
-            self._save_reference(Path(output_dir) / _REFERENCE)
+    def _path(self, folder: Path) -> Path:
+        return folder / f"generation-{self._trainer.args.process_index:05d}.safetensors"
 
-    def _load_moment(self, checkpoint: Path) -> None:
-        count = len(list(checkpoint.glob("generation-*.safetensors")))
-        if count not in (0, self.args.world_size):
-            raise UserError(
-                f"{checkpoint} lies inside a generation batch of {count} processes: resume it with as many."
-            )
-        super()._load_moment(checkpoint)
-        if self.args.sync_ref_model and not foreign(checkpoint):  # TRL begins with a new reference there
-            self._load_reference(checkpoint / _REFERENCE)
 
-    def _load_buffer(self, checkpoint: Path) -> list[dict[str, Any]] | None:
-        path = self._buffer_path(checkpoint)
-        return load_batches(path, self.accelerator.device) if path.is_file() else None
+class Reference(Part):
+    """A reference model that follows the policy (`sync_ref_model`). Under ZeRO-3 all processes gather its weights."""
 
-    def _buffer_path(self, folder: Path) -> Path:
-        return folder / f"generation-{self.args.process_index:05d}.safetensors"
+    def __init__(self, trainer: GRPOTrainer) -> None:
+        self._trainer = trainer
 
-    # ---- a reference model that follows the policy
-
-    def _save_reference(self, path: Path) -> None:
-        """Every process takes part: under ZeRO-3 each holds a part of every weight."""
+    def save(self, folder: Path) -> None:
         kept: dict[str, Tensor] = {}
-        for name, parameter in unwrapped(self.ref_model).named_parameters():
+        for name, parameter in unwrapped(self._trainer.ref_model).named_parameters():
             with gathered(parameter):
-                if self.args.should_save:
+                if self._trainer.args.should_save:
                     kept[name] = parameter.detach().cpu().clone()
-        if self.args.should_save:
-            save_file(kept, path)
+        if self._trainer.args.should_save:
+            save_file(kept, folder / _REFERENCE)
 
-    def _load_reference(self, path: Path) -> None:
-        with safe_open(str(path), framework="pt") as file:
-            for name, parameter in unwrapped(self.ref_model).named_parameters():
+    def load(self, folder: Path, moment: Moment | None) -> None:
+        if foreign(folder):  # TRL begins with a new reference there
+            return
+        with safe_open(str(folder / _REFERENCE), framework="pt") as file:
+            for name, parameter in unwrapped(self._trainer.ref_model).named_parameters():
                 with gathered(parameter, write=True), torch.no_grad():
-                    if not hasattr(parameter, "ds_id") or self.accelerator.is_main_process:
+                    if not hasattr(parameter, "ds_id") or self._trainer.accelerator.is_main_process:
                         parameter.copy_(file.get_tensor(name))
 
 

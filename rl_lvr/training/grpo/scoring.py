@@ -65,8 +65,6 @@ class FedModel:
         self._next = 0
         self._means: list[Tensor] = []
         self._tie: Tensor | None = None
-        self.logprobs: Tensor | None = None
-        """[B, C], what the pass found in the end; set by the trainer."""
         self.unroll_difference = 0.0
         """The largest |recomputed - recorded| element of a latent, where there is `recompute`."""
         self.columns: dict[str, Column] = {}

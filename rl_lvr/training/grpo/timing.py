@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from rl_lvr.training.grpo.calling import RewardedGRPO
+from rl_lvr.training.grpo.config import LatentGRPOConfig
 from rl_lvr.training.grpo.flops import BACKWARD, forward_flops, peak_flops
+from rl_lvr.training.runs.metrics import Metrics
+from rl_lvr.wrapping import unwrapped
 
 PHASES = ("generate", "score", "reward", "loss", "optimizer")
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
@@ -85,58 +87,49 @@ def _high_water() -> int:
     return int(line.split()[1]) * 1024
 
 
-class TimedGRPO(RewardedGRPO):
-    """The parts of `LatentGRPOTrainer` that measure its phases. Figures are those of the first process."""
+class Timing:
+    """The phases of a trainer's steps. Figures are those of the first process.
 
-    def __init__(self, **more: Any) -> None:
-        super().__init__(**more)
-        self.phases = Phases(self.accelerator.device)
-        config: Any = self.accelerator.unwrap_model(self.model).config
-        self._text_config = config.get_text_config()
-        half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else self.model.dtype
-        self._peak_flops = peak_flops(self.accelerator.device, half, self.args.peak_tflops)
-        if self.markers is not None:
-            self.add_callback(_StepEnds(self))
+    TRL's `profiling_context` measures seconds alone, and hands them to W&B and MLflow, not to the log.
+    """
 
-    def _phase(self, name: str) -> AbstractContextManager[None]:
-        return self.phases(name) if self._mode == "train" else nullcontext()
+    def __init__(self, model: nn.Module, config: LatentGRPOConfig, metrics: Metrics) -> None:
+        self.phases = Phases(config.device)
+        self._metrics = metrics
+        text: Any = unwrapped(model).config
+        self._text_config = text.get_text_config()
+        half = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else next(model.parameters()).dtype
+        self.peak_flops = peak_flops(config.device, half, config.peak_tflops)
 
-    def _note_work(self, name: str, attention_mask: Tensor, scored: int) -> None:
-        if self._peak_flops is None or self._mode != "train":
+    def __call__(self, name: str) -> AbstractContextManager[None]:
+        """Return a context that is measured as the phase `name`, in training."""
+        return self.phases(name) if self._metrics.training else nullcontext()
+
+    def note_work(self, name: str, attention_mask: Tensor, scored: int) -> None:
+        """Count the operations of a pass over rows whose last `scored` tokens it scores."""
+        if self.peak_flops is None or not self._metrics.training:
             return
         positions = int(attention_mask[:, -scored:].sum())
         flops = forward_flops(self._text_config, attention_mask.sum(1).tolist(), positions)
         self.phases.work(name, flops * (1 + BACKWARD) if name == "loss" else flops)
 
-    def _prepare_inputs(self, generation_batch: Any) -> Any:
-        """The parent makes rollouts in here; its loss and the backward pass come after."""
-        inputs = super()._prepare_inputs(generation_batch)
-        if self.markers is not None and self._mode == "train":
-            self.phases.begin()
-        return inputs
-
-    def training_step(self, *args: Any, **more: Any) -> Tensor:
-        loss: Tensor = super().training_step(*args, **more)
-        if self.markers is not None:
-            self.phases.end("loss")
-        return loss
-
-    def _note_phases(self) -> None:
-        for name, value in self.phases.flush(self._peak_flops).items():
-            self._metrics["train"][name].append(value)
+    def note_step(self) -> None:
+        """Hand the step's figures to the log."""
+        for name, value in self.phases.flush(self.peak_flops).items():
+            self._metrics.add(name, value)
 
 
-class _StepEnds(TrainerCallback):
+class StepEnds(TrainerCallback):
     """The optimizer's step is the loop's own, and only callbacks see it. (DeepSpeed's engine steps within backward.)"""
 
-    def __init__(self, trainer: TimedGRPO) -> None:
-        self._trainer = trainer
+    def __init__(self, timing: Timing) -> None:
+        self._timing = timing
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        self._trainer.phases.begin()
+        self._timing.phases.begin()
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        self._trainer.phases.end("optimizer")
+        self._timing.phases.end("optimizer")
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self._trainer._note_phases()
+        self._timing.note_step()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +22,8 @@ from trl.trainer.utils import create_model_from_path, get_callable_name, get_con
 from rl_lvr.errors import UserError
 from rl_lvr.latents.feedback import NAME as FEEDBACK
 from rl_lvr.latents.feedback import attach_feedback
-from rl_lvr.latents.format import FORMAT_FILE, LatentFormat, choose_format
+from rl_lvr.latents.format import FORMAT_FILE, FormatIds, LatentFormat, choose_format
+from rl_lvr.models import Family, family_of
 from rl_lvr.wrapping import unwrapped
 from rl_lvr.training.runs.settings import ARGUMENTS_ON_LATENTS, WITH_FORMAT
 
@@ -58,6 +59,38 @@ def config_of(args: Any, kind: type[_Config], plain: type[GRPOConfig] | type[SFT
     made.__dict__.update(args.__dict__)
     made.check()
     return made
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a trainer is built of, ready for TRL."""
+
+    model: Any
+    processor: Any
+    peft_config: Any
+    family: Family
+    markers: FormatIds | None
+
+    @property
+    def tokenizer(self) -> Any:
+        return getattr(self.processor, "tokenizer", self.processor)
+
+
+def loaded(
+    model: str | nn.Module,
+    config: Any,
+    latent_format: LatentFormat | None,
+    processor: Any,
+    peft_config: Any,
+    quantization_config: Any,
+) -> Loaded:
+    """Load what is given by its path, or not at all, and bind the format to the tokenizer."""
+    model = model_of(model, config, latent_format, quantization_config)
+    processor = processor_of(model, config) if processor is None else processor
+    found = Loaded(model, processor, adapter_with_feedback(peft_config, model), family_of(model), None)
+    if latent_format is None:
+        return found
+    return replace(found, markers=latent_format.bind(found.tokenizer, found.family.placeholder_ids(found.tokenizer)))
 
 
 def refuse_arguments(table: Mapping[str, str], where: str, **given: Any) -> None:
@@ -105,6 +138,19 @@ def model_of(model: str | nn.Module, args: Any, latent_format: LatentFormat | No
     if latent_format is not None and not hasattr(unwrapped(loaded), FEEDBACK):
         attach_feedback(loaded, latent_format, folder)
     return loaded
+
+
+def fit_reference(reference: Any, model: Any, latent_format: LatentFormat) -> None:
+    """Give a reference model its feedback map: TRL loads it from the model's folder, and does not know of the map."""
+    if hasattr(unwrapped(model), FEEDBACK):
+        attach_feedback(reference, latent_format, model.config._name_or_path)
+        getattr(unwrapped(reference), FEEDBACK).requires_grad_(False)
+    mine, theirs = (unwrapped(m).config.get_text_config().vocab_size for m in (model, reference))
+    if mine != theirs:
+        raise UserError(
+            f"the model has {mine} token embeddings and the reference, which TRL loads from its folder, "
+            f"{theirs}: save the model with its marker tokens, and start from there."
+        )
 
 
 def processor_of(model: Any, args: Any) -> Any:

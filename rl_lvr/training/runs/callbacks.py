@@ -160,62 +160,6 @@ class StopAt(TrainerCallback):
             control.should_training_stop = True
 
 
-class Abandoned(KeyboardInterrupt):
-    """The step in progress is given up, because the run was told to stop. No `except Exception` swallows it."""
-
-
-class Interrupt(TrainerCallback):
-    """Ctrl-C or SIGTERM ends the run with a checkpoint of the last whole step; another Ctrl-C ends it at once.
-
-    A step that has not come to its update is given up: in one process at once, in several where all of them agree. In
-    evaluation, and where half the parameters would be updated, a signal is only noted, and acted on after it. Launchers
-    pass on the signals that they and their group receive, so a process may hear one twice: SIGTERM counts once, and a
-    second Ctrl-C only if it is not the echo of the first.
-    """
-
-    ECHO = 2.0
-    """Seconds."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._at = 0.0
-        self._trainer: Any = None
-        self._before: dict[int, Any] = {}
-
-    def install(self, trainer: Any) -> None:
-        """Listen from now on, for a trainer that is `Resumable`."""
-        self._trainer = trainer
-        trainer.interrupt = self
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self.received is not None:
-            if number == signal.SIGINT and now - self._at > self.ECHO:
-                raise KeyboardInterrupt
-            return
-        self.received, self._at = number, now
-        print("stopping, with a checkpoint; Ctrl-C once more to stop at once", file=sys.stderr)
-        if self._trainer.rewindable:
-            raise Abandoned
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.received = largest(self.received or 0)[0] or None  # all stop after the same step, whichever were told to
-        if self.received is not None:
-            control.should_save = True
-            control.should_training_stop = True
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.restore()
-
-    def restore(self) -> None:
-        """Give the signals back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before.clear()
-
-
 class LatentAccuracy(TrainerCallback):
     """Answers eval records under interventions every so many steps and logs `latent/accuracy_<condition>`.
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from rl_lvr.errors import UserError
+from rl_lvr.latents.format import LatentFormat
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
@@ -121,6 +122,16 @@ def require_whole(checkpoint: Path) -> None:
     other, _ = newest_whole(checkpoint.parent)
     cure = f"resume from {other}" if other else "there is no whole one beside it: start the run anew"
     raise UserError(f"checkpoint {checkpoint} {wrong}: {cure}.")
+
+
+def require_format(checkpoint: str | Path, latent_format: LatentFormat | None) -> None:
+    """Refuse a checkpoint that was trained with another latent format than this run has, or with none."""
+    stored = LatentFormat.load(checkpoint)
+    if stored != latent_format:
+        raise UserError(
+            f"checkpoint {checkpoint} was trained {f'with {stored}' if stored else 'without latents'}, "
+            f"this run asks for {latent_format or 'none'}: resume with the settings that it was started with."
+        )
 
 
 def rotate(run: Path, limit: int | None, *keep: str | Path | None) -> None:

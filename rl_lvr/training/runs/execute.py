@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import ModelConfig
 
 from rl_lvr.data.encoding import Encoder
-from rl_lvr.errors import UserError
+from rl_lvr.errors import Fault, UserError
+from rl_lvr.finite import first_not_finite
 from rl_lvr.evaluation.accuracy import AnswerSet
 from rl_lvr.rollout.hf import HFRolloutEngine
-from rl_lvr.training.runs.callbacks import Interrupt, LatentAccuracy, MetricsFile, Progress, StopAt
+from rl_lvr.training.runs.callbacks import LatentAccuracy, MetricsFile, Progress, StopAt
+from rl_lvr.training.runs.stopping import Interrupt
+from rl_lvr.training.runs.card import card_of
 from rl_lvr.training.runs.folder import clear_run, write_run
 from rl_lvr.training.runs.prepare import Start
 
@@ -31,7 +35,7 @@ class Run:
     start: Start
 
 
-def conduct(
+def execute(
     run: Run, build: Callable[[list[TrainerCallback]], Any], encoder: Encoder, questions: AnswerSet | None
 ) -> int:
     """Train, and return the exit code. `build` makes the trainer with the callbacks that it is given."""
@@ -51,7 +55,7 @@ def conduct(
             trainer.model, encoder.processor, encoder.markers.format, batch_size=config.latent_eval_batch
         )
         trainer.add_callback(LatentAccuracy(questions, engine, trainer))
-    interrupt.install(trainer)
+    interrupt.install(trainer.stopping)
     if trainer.is_world_process_zero():
         if config.overwrite and run.start.checkpoint is None:
             clear_run(config.output_dir, run.start.path, config.train_file, config.eval_file)
@@ -77,7 +81,30 @@ def _finish(trainer: Any, interrupt: Interrupt) -> int:
     trainer.require_finite_weights("in the model that training ends with", "use an earlier checkpoint")
     trainer.save_model()
     trainer.save_state()
-    where = trainer.save_merged()
+    where = _save_merged(trainer)
     if speaks:
         print(f"{step} steps; model in {where}", file=sys.stderr)
     return 0
+
+
+def _save_merged(trainer: Any) -> str:
+    """Beside an adapter, write the model with the adapter in it: what engines and evaluation load. Returns its folder.
+
+    Nothing may be trained afterwards. DeepSpeed and FSDP hold parts of the weights elsewhere: there it is left out.
+    """
+    output_dir: str = trainer.args.output_dir
+    if not isinstance(trainer.model, PeftModel) or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        return output_dir
+    folder = Path(output_dir) / "merged"
+    if trainer.is_world_process_zero():
+        card = replace(card_of(trainer), adapter=False)
+        merged = trainer.model.merge_and_unload()
+        name = first_not_finite(merged)  # a sum of finite weights may overflow
+        if name is not None:
+            raise Fault(f"parameter {name} is not finite once the adapter is merged: use a wider precision.")
+        merged.save_pretrained(folder)
+        card.save(folder)
+        trainer.processing_class.save_pretrained(folder)
+        if trainer.markers is not None:
+            trainer.markers.format.save(folder)
+    return str(folder)

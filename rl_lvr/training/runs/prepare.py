@@ -28,7 +28,7 @@ from rl_lvr.latents.format import FormatIds, LatentFormat
 from rl_lvr.models import Family, load_processor, load_weights
 from rl_lvr.models.loading import checkpoint_folder
 from rl_lvr.training.runs.callbacks import StopAt
-from rl_lvr.training.runs.resuming import require_format
+from rl_lvr.training.runs.checkpoints import require_format
 from rl_lvr.training.runs.folder import open_run
 from rl_lvr.training.runs.settings import OF_ADAPTERS, RUN_WITHOUT_LATENTS, WITHOUT_FORMAT, evaluates, refuse_unused
 

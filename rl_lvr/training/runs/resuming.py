@@ -1,22 +1,14 @@
-"""What SFT and GRPO share so that nothing is lost: checkpoints out and in, and the way back to the last whole step.
-
-Parameters, optimizer and scheduler change once per step, at its end. All else that a step changes on its way there
-(random states, metrics, counters, a trainer's own buffers) is kept as a `Moment` from the end of the step before. So
-a step can be given up at any point before its update, and the checkpoint of the last one is still to be had.
-"""
+"""What SFT and GRPO share so that nothing is lost: checkpoints out and in, and the way back to the last whole step."""
 
 from __future__ import annotations
 
 import json
 import math
-import random
 import shutil
 import sys
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import DistributedType
 from peft import PeftModel
@@ -25,56 +17,47 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
-from rl_lvr.agreement import agree, from_first, largest
+from rl_lvr.agreement import agree, from_first
 from rl_lvr.errors import Fault, UserError
 from rl_lvr.finite import first_not_finite
 from rl_lvr.latents.feedback import NAME as FEEDBACK
 from rl_lvr.latents.feedback import restore_feedback
-from rl_lvr.latents.format import FormatIds, LatentFormat
+from rl_lvr.latents.format import FormatIds
 from rl_lvr.wrapping import unwrapped
 from rl_lvr.models import load_weights
-from rl_lvr.training.runs.callbacks import Abandoned, Interrupt
+from rl_lvr.training.runs.stopping import Abandoned
 from rl_lvr.training.runs.card import card_of
 from rl_lvr.training.runs.checkpoints import (
     PARTIAL,
     foreign,
     newest_whole,
     publish,
+    require_format,
     require_whole,
     rotate,
     seal,
     tidy,
 )
 from rl_lvr.training.runs.folder import run_held
-
-
-@dataclass
-class Moment:
-    """A trainer between two steps, without its parameters, optimizer and scheduler."""
-
-    counters: dict[str, Any]
-    """What JSON can hold; written to a checkpoint."""
-    tokens_seen: float
-    """Of the trainer's state, which counts while a step is being made."""
-    buffer: Any = None
-    """Of a trainer's own; replaced, never changed in place."""
-    rewards: str | None = None
-    """States of rewards, as JSON; a checkpoint holds them in a file of its own."""
-    random: dict[str, Any] = field(default_factory=lambda: _random_states())
+from rl_lvr.training.runs.metrics import Metrics
+from rl_lvr.training.runs.moments import Moment, Part, set_random_states
+from rl_lvr.training.runs.stopping import Stopping
 
 
 class Resumable(Trainer):
-    """Named before TRL's trainer among the bases."""
+    """Named before TRL's trainer among the bases. What it resumes besides the model is made of `parts`."""
 
     markers: FormatIds | None
     control: TrainerControl
-    interrupt: Interrupt | None = None
-    _moment: Moment | None = None
     _saved_step: int | None = None
     _partial: Path | None = None
     _drop_update = False
-    _alone = False
-    """No other process waits for this one just now."""
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.stopping = Stopping(single=self.args.world_size == 1 and not self.is_deepspeed_enabled)
+        self.metrics = Metrics(self._metrics, lambda: self.model.training)
+        self.parts: list[Part] = [_Log(self)]
 
     # ---- a run
 
@@ -106,7 +89,7 @@ class Resumable(Trainer):
             return TrainOutput(self.state.global_step, float("nan"), {})
         except Exception as error:
             # Of several processes only one may have this error: they keep a checkpoint only where all agreed to stop.
-            if self._moment is not None and (self.args.world_size == 1 or isinstance(error, Fault)):
+            if self.stopping.moment is not None and (self.args.world_size == 1 or isinstance(error, Fault)):
                 self._keep_last_step()
             raise
 
@@ -151,7 +134,7 @@ class Resumable(Trainer):
         return found
 
     def _keep_last_step(self) -> None:
-        moment, self._moment = self._moment, None
+        moment, self.stopping.moment = self.stopping.moment, None
         step = self.state.global_step
         if moment is None or step in (0, self._saved_step):
             return
@@ -162,92 +145,66 @@ class Resumable(Trainer):
 
     # ---- moments
 
-    @property
-    def rewindable(self) -> bool:
-        """Whether the step in progress may be given up at once, by this process alone."""
-        single = self.args.world_size == 1 and not self.is_deepspeed_enabled
-        return self._moment is not None and (single or self._alone)
-
     def _now(self) -> Moment:
-        counters = {
-            "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
-            "loss": self._tr_loss.item(),
-            "total_loss": self._total_loss_scalar,
-            "last_logged": self._globalstep_last_logged,
-        }
-        return Moment(counters, self.state.num_input_tokens_seen)
+        moment = Moment({}, self.state.num_input_tokens_seen)
+        for part in self.parts:
+            part.now(moment)
+        return moment
 
     def _return_to(self, moment: Moment) -> None:
-        _set_random_states(moment.random)
+        set_random_states(moment.random)
         self.state.num_input_tokens_seen = moment.tokens_seen
-        self._take(moment)
-
-    def _take(self, moment: Moment) -> None:
-        """Set what `counters` and `buffer` hold."""
-        counters = moment.counters
-        self._metrics["train"].clear()
-        for name, values in counters["metrics"].items():
-            self._metrics["train"][name] = list(values)
-        self._tr_loss = torch.tensor(counters["loss"], device=self.args.device)
-        self._total_loss_scalar = counters["total_loss"]
-        self._globalstep_last_logged = counters["last_logged"]
+        for part in self.parts:
+            part.take(moment)
 
     def _maybe_log_save_evaluate(self, *args: Any, **more: Any) -> None:
         """The last thing in a step, so what follows belongs to the next one."""
         super()._maybe_log_save_evaluate(*args, **more)
-        self._moment = self._now()
+        self.stopping.moment = self._now()
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Called in every process, so each one's moment is written here too."""
         super()._save_rng_state(output_dir)
         path = Path(output_dir) / f"moment-{self.args.process_index:05d}.json"
         path.write_text(json.dumps(self._now().counters), encoding="utf-8")
+        for part in self.parts:
+            part.save(Path(output_dir))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """The last thing before the first step of a resumed run."""
         super()._load_rng_state(checkpoint)
         if checkpoint is not None:
             self._load_moment(Path(checkpoint))
-        self._moment = self._now()
+        self.stopping.moment = self._now()
 
     def _load_moment(self, checkpoint: Path) -> None:
-        path = checkpoint / f"moment-{self.args.process_index:05d}.json"
         written = len(list(checkpoint.glob("moment-*.json")))
-        if written != self.args.world_size:
+        moment = None
+        if written == self.args.world_size:
+            path = checkpoint / f"moment-{self.args.process_index:05d}.json"
+            counters = json.loads(path.read_text(encoding="utf-8"))
+            moment = Moment(counters, self.state.num_input_tokens_seen, random={})
+        for part in self.parts:
+            part.load(checkpoint, moment)
+        if moment is not None:
+            for part in self.parts:
+                part.take(moment)
+        elif self.is_world_process_zero():
             what = f"is of {written} processes, not {self.args.world_size}" if written else "holds nothing but weights"
             if foreign(checkpoint):
                 what = "was not written by rl-lvr and is not verified"
-            if self.is_world_process_zero():
-                print(f"{checkpoint} {what}: the run goes on, but not as it would have there", file=sys.stderr)
-            return
-        counters = json.loads(path.read_text(encoding="utf-8"))
-        self._take(Moment(counters, self.state.num_input_tokens_seen, self._load_buffer(checkpoint), random={}))
-
-    def _load_buffer(self, checkpoint: Path) -> Any:
-        return None
+            print(f"{checkpoint} {what}: the run goes on, but not as it would have there", file=sys.stderr)
 
     # ---- stopping, agreed on by all processes
-
-    def _heed(self, problem: bool = False) -> bool:
-        """Give the step up if any process was told to stop; else whether any has this problem.
-
-        Not while the model is evaluated: its step is done, and the next one has not begun.
-        """
-        received = self.interrupt.received if self.interrupt is not None else None
-        told, problems = largest(received or 0, int(problem))
-        if told and self._moment is not None and self.interrupt is not None:
-            self.interrupt.received = told
-            raise Abandoned
-        return bool(problems)
 
     def _checked_loss(self, loss: Tensor) -> Tensor:
         """Between forward and backward pass: go on only if all processes can."""
         if not self.model.training:
             return loss
-        if self._heed(not bool(loss.isfinite())):
+        if self.stopping.heed(not bool(loss.isfinite())):
             self._no_number("loss")
         if self.is_deepspeed_enabled and self.accelerator.sync_gradients:
-            self._moment = None  # its backward pass ends with the optimizer's step
+            self.stopping.moment = None  # its backward pass ends with the optimizer's step
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -367,40 +324,33 @@ class Resumable(Trainer):
         else:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
 
-    def save_merged(self) -> str:
-        """Beside an adapter, the model with the adapter in it: what engines and evaluation load. Returns its folder.
-
-        Nothing may be trained afterwards. DeepSpeed and FSDP hold parts of the weights elsewhere: there it is left out.
-        """
-        if not isinstance(self.model, PeftModel) or self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            return self.args.output_dir
-        folder = Path(self.args.output_dir) / "merged"
-        if self.is_world_process_zero():
-            card = replace(card_of(self), adapter=False)
-            merged = self.model.merge_and_unload()
-            name = first_not_finite(merged)  # a sum of finite weights may overflow
-            if name is not None:
-                raise Fault(f"parameter {name} is not finite once the adapter is merged: use a wider precision.")
-            merged.save_pretrained(folder)
-            card.save(folder)
-            self.processing_class.save_pretrained(folder)
-            if self.markers is not None:
-                self.markers.format.save(folder)
-        return str(folder)
-
 
 class _DoneError(Exception):
     """The checkpoint that is resumed is that of the last step; transformers would take another one."""
 
 
-def require_format(checkpoint: str | Path, latent_format: LatentFormat | None) -> None:
-    """Refuse a checkpoint that was trained with another latent format than this run has, or with none."""
-    stored = LatentFormat.load(checkpoint)
-    if stored != latent_format:
-        raise UserError(
-            f"checkpoint {checkpoint} was trained {f'with {stored}' if stored else 'without latents'}, "
-            f"this run asks for {latent_format or 'none'}: resume with the settings that it was started with."
-        )
+class _Log(Part):
+    """What has been measured since the last row of the log."""
+
+    def __init__(self, trainer: Resumable) -> None:
+        self._trainer: Any = trainer
+
+    def now(self, moment: Moment) -> None:
+        moment.counters |= {
+            "metrics": {name: list(values) for name, values in self._trainer._metrics["train"].items()},
+            "loss": self._trainer._tr_loss.item(),
+            "total_loss": self._trainer._total_loss_scalar,
+            "last_logged": self._trainer._globalstep_last_logged,
+        }
+
+    def take(self, moment: Moment) -> None:
+        counters, metrics = moment.counters, self._trainer._metrics["train"]
+        metrics.clear()
+        for name, values in counters["metrics"].items():
+            metrics[name] = list(values)
+        self._trainer._tr_loss = torch.tensor(counters["loss"], device=self._trainer.args.device)
+        self._trainer._total_loss_scalar = counters["total_loss"]
+        self._trainer._globalstep_last_logged = counters["last_logged"]
 
 
 class _Boundaries(TrainerCallback):
@@ -411,7 +361,7 @@ class _Boundaries(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.trainer.require_finite_weights("as training begins", "start from another model or checkpoint")
-        self.trainer._moment = self.trainer._now()
+        self.trainer.stopping.moment = self.trainer._now()
         if 0 < state.max_steps <= state.global_step:
             raise _DoneError
 
@@ -426,7 +376,7 @@ class _Boundaries(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        self.trainer._moment = None
+        self.trainer.stopping.moment = None
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -436,18 +386,3 @@ class _Boundaries(TrainerCallback):
 
 
 _LOWER = "lower the learning rate, or look at the data and rewards of this step"
-
-
-def _random_states() -> dict[str, Any]:
-    states = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state_all()
-    return states
-
-
-def _set_random_states(states: dict[str, Any]) -> None:
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states:
-        torch.cuda.set_rng_state_all(states["cuda"])

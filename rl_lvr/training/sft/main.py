@@ -16,7 +16,7 @@ from rl_lvr.data.check import Report
 from rl_lvr.data.encoding import Encoded, Encoder, LazyEncoded
 from rl_lvr.data.records import Records, load_records
 from rl_lvr.data.sources import locate
-from rl_lvr.training.runs.execute import Run, conduct
+from rl_lvr.training.runs.execute import Run, execute
 from rl_lvr.training.runs.prepare import (
     adapter_of,
     check_files,
@@ -66,7 +66,7 @@ def train_sft(config: SFTRecipe, model_config: ModelConfig, given: dict[str, Any
             peft_config=adapter_of(model_config, model, encoder.family, encoder.markers),
         )
 
-    return conduct(Run("sft", config, model_config, given, start), build, encoder, questions)
+    return execute(Run("sft", config, model_config, given, start), build, encoder, questions)
 
 
 def _checked(config: SFTRecipe, encoder: Encoder) -> dict[str, Report]:

@@ -31,18 +31,16 @@ from rl_lvr.latents.feedback import NAME as FEEDBACK
 from rl_lvr.latents.feedback import feedback
 from rl_lvr.latents.format import FormatIds, LatentFormat
 from rl_lvr.latents.spans import span_masks
-from rl_lvr.models import family_of
 from rl_lvr.training.runs.arguments import (
     STORED,
-    adapter_with_feedback,
     config_of,
     format_of,
-    model_of,
+    loaded,
     name_of,
-    processor_of,
     refuse_arguments,
 )
-from rl_lvr.training.runs.resuming import Moment, Resumable
+from rl_lvr.training.runs.moments import Moment, Part
+from rl_lvr.training.runs.resuming import Resumable
 from rl_lvr.training.runs.settings import ON_LATENTS, WITH_FORMAT, WITHOUT_FORMAT, refuse_unused
 from rl_lvr.training.runs.trl_hooks import SFT_HOOKS, check_trl
 from rl_lvr.training.sft.config import (
@@ -125,22 +123,16 @@ class LatentSFTTrainer(Resumable, SFTTrainer):
             _require_records("train_dataset", train_dataset)
             if eval_dataset is not None:
                 _require_records("eval_dataset", eval_dataset)
-            model = model_of(model, config, chosen, quantization_config)
-            peft_config = adapter_with_feedback(peft_config, model)
-            if processing_class is None:
-                processing_class = processor_of(model, config)
-            self.family = family_of(model)
-            tokenizer = getattr(processing_class, "tokenizer", processing_class)
-            placeholders = self.family.placeholder_ids(tokenizer)
-            self.image_id = placeholders.get("image", -1)
-            if chosen is not None:
-                self.markers = chosen.bind(tokenizer, placeholders)
+            given = loaded(model, config, chosen, processing_class, peft_config, quantization_config)
+            model, peft_config, processing_class = given.model, given.peft_config, given.processor
+            self.family, self.markers = given.family, given.markers
+            self.image_id = self.family.placeholder_ids(given.tokenizer).get("image", -1)
             encoder = Encoder(processing_class, self.family, self.markers)
             train, evaluation = (
                 LazyEncoded(data, encoder) if isinstance(data, Records) else data or ()
                 for data in (train_dataset, eval_dataset)
             )
-            arguments["data_collator"] = Collator([train, evaluation], self.family, tokenizer.pad_token_id)
+            arguments["data_collator"] = Collator([train, evaluation], self.family, given.tokenizer.pad_token_id)
             train_dataset = Dataset.from_dict({"index": range(len(train))})
             eval_dataset = None
             if evaluation:
@@ -163,6 +155,7 @@ class LatentSFTTrainer(Resumable, SFTTrainer):
             peft_config=peft_config,
             **arguments,
         )
+        self.parts.append(_Tokens(self))
         self._has_feedback = hasattr(unwrapped(self.model), FEEDBACK)
         if self.markers is not None and self.is_world_process_zero():
             warning = moving_targets(config, self.family.vision_parameters(self.model))
@@ -310,16 +303,18 @@ class LatentSFTTrainer(Resumable, SFTTrainer):
             negative=(targets.rows[:, None] == image_rows) & ~relevant[targets.rows],
         )
 
-    # ---- checkpoints
 
-    def _now(self) -> Moment:
-        moment = super()._now()
-        moment.counters["train_tokens"] = self._total_train_tokens
-        return moment
+class _Tokens(Part):
+    """TRL's count of tokens."""
 
-    def _take(self, moment: Moment) -> None:
-        super()._take(moment)
-        self._total_train_tokens = moment.counters["train_tokens"]
+    def __init__(self, trainer: LatentSFTTrainer) -> None:
+        self._trainer = trainer
+
+    def now(self, moment: Moment) -> None:
+        moment.counters["train_tokens"] = self._trainer._total_train_tokens
+
+    def take(self, moment: Moment) -> None:
+        self._trainer._total_train_tokens = moment.counters["train_tokens"]
 
 
 def _require_records(name: str, data: Any) -> None:

@@ -1,0 +1,119 @@
+"""The rooms of the package: imports point downwards and in no circle, and docs/architecture.md lists them all."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import rl_lvr
+
+PACKAGE = Path(rl_lvr.__file__).parent
+PAGE = PACKAGE.parent / "docs" / "architecture.md"
+LEVELS = (
+    ("latents", "ops", "answers"),
+    ("models",),
+    ("forward", "data"),
+    ("signals", "rollout"),
+    ("serving", "evaluation"),
+    ("training",),
+    ("lab", "commands"),
+)
+"""From the lowest."""
+LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+LONGEST = 400
+
+
+def modules(package: Path = PACKAGE) -> dict[str, Path]:
+    found = {}
+    for path in package.rglob("*.py"):
+        name = ".".join((package.name, *path.relative_to(package).with_suffix("").parts))
+        found[name.removesuffix(".__init__")] = path
+    return found
+
+
+def imports(path: Path, known: dict[str, Path]) -> set[str]:
+    """Modules of the package that a file imports, also within functions, but for the sake of types alone."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+                continue
+            if isinstance(child, ast.ImportFrom) and child.module is not None:
+                names = (f"{child.module}.{alias.name}" for alias in child.names)
+                found.update(name if name in known else child.module for name in names)
+            elif isinstance(child, ast.Import):
+                found.update(alias.name for alias in child.names)
+            visit(child)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")))
+    return found & known.keys()
+
+
+def upward(graph: dict[str, set[str]]) -> list[str]:
+    """Arrows to a higher room; what lies in no room may import nothing that lies in one above `models`."""
+    wrong = []
+    for module, targets in graph.items():
+        for target in targets:
+            here, there = (name.split(".")[1] if name.count(".") else "" for name in (module, target))
+            if there in LEVEL and here != "cli" and LEVEL[there] > LEVEL.get(here, 1):
+                wrong.append(f"{module} -> {target}")
+    return sorted(wrong)
+
+
+def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """Modules that can be reached from themselves, together with all that they share this with."""
+    reach = {module: set(targets) for module, targets in graph.items()}
+    for middle in graph:
+        for targets in reach.values():
+            if middle in targets:
+                targets |= reach[middle]
+    found: list[set[str]] = []
+    for module in graph:
+        if module in reach[module] and not any(module in circle for circle in found):
+            found.append({other for other in reach[module] if module in reach[other]} | {module})
+    return found
+
+
+@pytest.fixture(scope="module")
+def graph() -> dict[str, set[str]]:
+    known = modules()
+    return {name: imports(path, known) - {name} for name, path in known.items()}
+
+
+def test_imports_point_downwards(graph: dict[str, set[str]]) -> None:
+    assert upward(graph) == []
+    assert upward({"rl_lvr.latents.batch": {"rl_lvr.rollout.types"}}) == [
+        "rl_lvr.latents.batch -> rl_lvr.rollout.types"
+    ]
+    assert upward({"rl_lvr.errors": {"rl_lvr.data.record"}}) == ["rl_lvr.errors -> rl_lvr.data.record"]
+
+
+def test_nothing_imports_in_a_circle(graph: dict[str, set[str]]) -> None:
+    assert circles(graph) == []
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == [{"b", "c"}]
+
+
+def test_the_package_of_rewards_is_never_imported() -> None:
+    for path in modules().values():
+        assert not re.search(r"^\s*(from|import) rewards\b", path.read_text(encoding="utf-8"), re.M), path
+
+
+def test_no_file_of_training_is_too_long() -> None:
+    lengths = {
+        path: len(path.read_text(encoding="utf-8").splitlines()) for path in (PACKAGE / "training").rglob("*.py")
+    }
+    assert {path.name: length for path, length in lengths.items() if length > LONGEST} == {}
+
+
+def test_the_page_names_every_room() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    rooms = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
+    rooms |= {f"training/{path.name}" for path in (PACKAGE / "training").iterdir() if (path / "__init__.py").is_file()}
+    rooms.remove("training")
+    assert {room for room in rooms if f"`{room}/`" not in text} == set()
+    assert rooms - {room.split("/")[0] for room in rooms} >= {"training/runs", "training/grpo"}
+    assert {room for room in rooms if "/" not in room} <= set(LEVEL)
