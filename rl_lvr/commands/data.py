@@ -117,8 +117,7 @@ def _judge(model: str, k: int | None) -> Judge:
     markers = None
     if format_ is not None:
         format_ = format_ if k is None else replace(format_, k=k)
-        tokenizer = getattr(processor, "tokenizer", processor)
-        markers = format_.bind(tokenizer, family.placeholder_ids(tokenizer))
+        markers = family.bind(format_, processor)
     encoder = Encoder(processor, family, markers)
 
     def judge(record: Record) -> None:

@@ -166,10 +166,7 @@ def _question(args: argparse.Namespace, format_: LatentFormat, family: Any, proc
         messages=({"role": "user", "content": content},),
         images=tuple(ImageRef(path) for path in args.image),
     )
-    tokenizer = getattr(processor, "tokenizer", processor)
-    markers = format_.bind(tokenizer, family.placeholder_ids(tokenizer))
-    encoder = Encoder(processor, family, markers)
-    format_.require_room(encoder.positions)
+    encoder = Encoder(processor, family, family.bind(format_, processor))
     try:
         encoder.judge(record, learned=False, room=min(format_.span_tokens, args.max_tokens))
     except RowError as error:

@@ -96,10 +96,9 @@ def evaluate(
     latent_format = choose_format(format_name, LatentFormat.load(model_path), model_path)
     family, processor = load_processor(model_path)
     tokenizer = getattr(processor, "tokenizer", processor)
-    markers = latent_format.bind(tokenizer, family.placeholder_ids(tokenizer))
+    markers = family.bind(latent_format, processor)
     with_oracle = Intervention.ORACLE in conditions
     encoder = Encoder(processor, family, markers if with_oracle else None)
-    latent_format.require_room(encoder.positions)
     room = min(latent_format.span_tokens, sampling.max_tokens)
     require_valid(data_file, judge=partial(encoder.judge, learned=False, room=room))
     model = load_weights(model_path).to("cuda" if torch.cuda.is_available() else "cpu")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rl_lvr.errors import UserError
+from rl_lvr.latents.format import FormatIds, LatentFormat
 from rl_lvr.wrapping import unwrapped
 
 
@@ -112,6 +113,16 @@ class Family(ABC):
             part: [parameter for module in modules for parameter in module.parameters()]
             for part, modules in self.vision_parts(model).items()
         }
+
+    def bind(self, latent_format: LatentFormat, processor: Any, max_positions: int | None = None) -> FormatIds:
+        """The format's markers in the vocabulary of `processor`, which may be a tokenizer.
+
+        Refused if a span has no room in the model, or in the `max_positions` of an engine that takes fewer.
+        """
+        positions = int(self.config.get_text_config().max_position_embeddings)
+        latent_format.require_room(positions if max_positions is None else min(positions, max_positions))
+        tokenizer = getattr(processor, "tokenizer", processor)
+        return latent_format.bind(tokenizer, self.placeholder_ids(tokenizer))
 
     @property
     def hidden_size(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -13,23 +14,45 @@ from rl_lvr.latents.noise import keyed_normal
 from rl_lvr.rollout.types import Request, Sampling
 
 
-def with_noise(
-    own: Tensor,
-    seeds: Tensor,
-    positions: Tensor,
-    sigma: Tensor,
-    matched: Tensor,
-    unit: Tensor,
-    law: Law = "gaussian",
+@dataclass(frozen=True)
+class FedRows:
+    """How the latents of rows are made; each [B]."""
+
+    seeds: Tensor
+    sigma: Tensor
+    """Of the exploration noise, 0 without."""
+    matched: Tensor
+    """Bool, noise of the same norm stands in for the latent."""
+    unit: Tensor
+    """Bool, noise of variance 1 does."""
+    zeros: Tensor
+    supplied: Tensor
+    """Bool, a vector of the request's own does."""
+
+    def select(self, rows: Tensor) -> FedRows:
+        return FedRows(*(getattr(self, entry.name)[rows] for entry in fields(self)))
+
+
+def fed(
+    own: Tensor, positions: Tensor, rows: FedRows, given: Tensor | None, *, noise: bool, law: Law = "gaussian"
 ) -> Tensor:
-    """`own` [B, H], explored where `sigma` [B] is above 0, replaced by noise where `matched` or `unit` [B] says so."""
-    noise = keyed_normal(seeds, positions, own.shape[-1])
-    length = own.float().norm(dim=-1, keepdim=True)
-    same_norm = noise * (length / noise.norm(dim=-1, keepdim=True))
-    explored = explore(own.float(), noise, sigma, law).to(own.dtype)
-    z = torch.where((sigma > 0)[:, None], explored, own)
-    z = torch.where(matched[:, None], same_norm.to(own.dtype), z)
-    return torch.where(unit[:, None], noise.to(own.dtype), z)
+    """What is fed at absolute `positions` [B] where the model's own latents would be `own` [B, H], in its precision.
+
+    Args:
+        given: [B, H], vectors of the rows that have `supplied`; None if none has.
+        noise: Whether any row may have noise.
+    """
+    z = own
+    if noise:
+        drawn = keyed_normal(rows.seeds, positions, own.shape[-1])
+        length = own.float().norm(dim=-1, keepdim=True)
+        same_norm = drawn * (length / drawn.norm(dim=-1, keepdim=True))
+        explored = explore(own.float(), drawn, rows.sigma, law).to(own.dtype)
+        z = torch.where((rows.sigma > 0)[:, None], explored, own)
+        z = torch.where(rows.matched[:, None], same_norm.to(own.dtype), z)
+        z = torch.where(rows.unit[:, None], drawn.to(own.dtype), z)
+    z = z.masked_fill(rows.zeros[:, None], 0)
+    return z if given is None else torch.where(rows.supplied[:, None], given, z)
 
 
 class VectorSource:
@@ -45,19 +68,16 @@ class VectorSource:
 
         self.feeds = torch.tensor([r.intervention.feeds_vectors for r in requests], device=device)
         """[B] bool, rows whose latent positions take a vector at all."""
-        self._seeds = seeds
-        self._dtype = dtype
-        self._sigma = rows_with(Intervention.OWN) * sampling.sigma
-        self._law = sampling.noise
-        self._zeros = rows_with(Intervention.ZEROS)
-        self._matched = rows_with(Intervention.NOISE)
-        self._unit = rows_with(Intervention.UNIT_NOISE)
-        self._supplied = torch.tensor([r.intervention.needs_vectors for r in requests], device=device)
-        own_noise = sampling.sigma > 0 and any(r.intervention is Intervention.OWN for r in requests)
-        self._any_noise = own_noise or any(
-            r.intervention in (Intervention.NOISE, Intervention.UNIT_NOISE) for r in requests
+        self._rows = FedRows(
+            seeds=seeds,
+            sigma=rows_with(Intervention.OWN) * sampling.sigma,
+            matched=rows_with(Intervention.NOISE),
+            unit=rows_with(Intervention.UNIT_NOISE),
+            zeros=rows_with(Intervention.ZEROS),
+            supplied=torch.tensor([r.intervention.needs_vectors for r in requests], device=device),
         )
-        self._any_zeros = any(r.intervention is Intervention.ZEROS for r in requests)
+        self._dtype, self._law = dtype, sampling.noise
+        self._noise = bool(((self._rows.sigma > 0) | self._rows.matched | self._rows.unit).any())
         self._table, self._counts = self._supplied_vectors(requests, hidden_size, device)
 
     def _supplied_vectors(
@@ -79,19 +99,14 @@ class VectorSource:
 
         `own` [B, H] is f(h). The result is in the model's precision: a rounded vector is the action taken.
         """
-        z = own
-        if self._any_noise:
-            z = with_noise(own, self._seeds, positions, self._sigma, self._matched, self._unit, self._law)
-        if self._any_zeros:
-            z = z.masked_fill(self._zeros[:, None], 0)
+        given = None
         if self._table is not None:
             rows = torch.arange(len(own), device=own.device)
-            z = torch.where(self._supplied[:, None], self._table[rows, index.clamp(min=0) % self._counts], z)
-        return z.to(self._dtype)
+            given = self._table[rows, index.clamp(min=0) % self._counts]
+        return fed(own, positions, self._rows, given, noise=self._noise, law=self._law).to(self._dtype)
 
     def select(self, rows: Tensor) -> None:
         """Keep some rows only."""
-        for name in ("feeds", "_seeds", "_sigma", "_zeros", "_matched", "_unit", "_supplied", "_counts"):
-            setattr(self, name, getattr(self, name)[rows])
+        self._rows, self.feeds, self._counts = self._rows.select(rows), self.feeds[rows], self._counts[rows]
         if self._table is not None:
             self._table = self._table[rows]

@@ -17,7 +17,8 @@ from rl_lvr.latents.feedback import NAME
 from rl_lvr.latents.format import LatentFormat
 from rl_lvr.models import family_of
 from rl_lvr.progress import track
-from rl_lvr.rollout.checks import Limits, check_request, starts_with_own
+from rl_lvr.rollout.binding import bound
+from rl_lvr.rollout.checks import check_request, starts_with_own
 from rl_lvr.rollout.decode import BatchDecoder, Parts
 from rl_lvr.rollout.stops import StopStrings
 from rl_lvr.rollout.types import Capability, Request, Rollout, Sampling, request_seeds
@@ -56,17 +57,9 @@ class HFRolloutEngine:
         self.capabilities = frozenset(Capability)
 
         family = family_of(model)
-        placeholders = family.placeholder_ids(self.tokenizer)
-        self.markers = format.bind(self.tokenizer, placeholders)
-        text = base.config.get_text_config()
-        format.require_room(text.max_position_embeddings)
-        eos = _eos_ids(base, self.tokenizer)
-        clash = sorted(set(eos) & set(self.markers.never_sampled))
-        if clash:
-            raise UserError(
-                f"token id {clash[0]} ends a sequence and is also an image or latent marker, which is never sampled: "
-                "no completion could end. Correct eos_token_id in the generation config."
-            )
+        generation = getattr(base, "generation_config", None)
+        found = bound(format, family, self.tokenizer, None if generation is None else generation.eos_token_id)
+        self.markers, self._limits = found.markers, found.limits
         pad = self.tokenizer.pad_token_id
         self._parts = Parts(
             model=model,
@@ -74,16 +67,9 @@ class HFRolloutEngine:
             core=family.core(model),
             head=family.head(model),
             markers=self.markers,
-            eos=eos,
-            pad=eos[0] if pad is None else pad,
-            max_positions=text.max_position_embeddings,
-        )
-        self._limits = Limits(
-            hidden_size=self._parts.hidden_size,
-            vocabulary=self._parts.vocabulary,
-            max_positions=text.max_position_embeddings,
-            image_token=placeholders.get("image", -1),
-            special_ids=frozenset({*self.tokenizer.all_special_ids, *eos}),
+            eos=found.eos,
+            pad=found.eos[0] if pad is None else pad,
+            max_positions=found.limits.max_positions,
         )
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
@@ -140,14 +126,3 @@ class HFRolloutEngine:
 
     def close(self) -> None:
         """Nothing is held beyond the shared model."""
-
-
-def _eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    config = getattr(model, "generation_config", None)
-    ids = [] if config is None or config.eos_token_id is None else config.eos_token_id
-    found = {*(ids if isinstance(ids, list) else [ids])}
-    if tokenizer.eos_token_id is not None:
-        found.add(tokenizer.eos_token_id)
-    if not found:
-        raise UserError("neither the generation config nor the tokenizer names an end-of-sequence token: set one.")
-    return tuple(sorted(found))

@@ -242,11 +242,9 @@ async def _engine(arguments: Any, *, takes_weights: bool) -> Any:
     from rl_lvr.serving.engine import LatentAsyncLLM
 
     config = guards.engine_config(AsyncEngineArgs.from_cli_args(arguments), UsageContext.OPENAI_API_SERVER)
-    if takes_weights and not guards.takes_weights(config):
-        raise UserError(
-            f"a model in {config.model_config.quantization} cannot take a trainer's weights: leave --weights-folder "
-            "out, or serve the model unquantized."
-        )
+    if takes_weights:
+        cure = "leave --weights-folder out, or serve the model unquantized"
+        guards.refuse_quantized(config.model_config.quantization, cure)
     if not arguments.sized_by_user and (size := memory.cache_size(config)) is not None:
         config.cache_config.kv_cache_memory_bytes = size
         say(f"the key-value cache takes {size / memory.GIB:.2f} GiB; --kv-cache-memory-bytes sets another size.")

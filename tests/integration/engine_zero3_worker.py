@@ -21,10 +21,10 @@ from zero3_worker import config
 
 from rl_lvr.accelerated import group_ended
 from rl_lvr.latents.format import get_format
+from rl_lvr.rollout.sleeping import Sleeper
 from rl_lvr.rollout.types import Sampling
 from rl_lvr.rollout.vllm.engine import VLLMRolloutEngine
 from rl_lvr.rollout.vllm.weights import Receipt, checkpoint_weights
-from rl_lvr.training.grpo.engines import Sleeper
 
 BUCKET = 40_000
 

@@ -13,9 +13,10 @@ from vllm_cases import LENGTH, VLLMRig, thinking
 
 from rl_lvr.errors import UserError
 from rl_lvr.rollout.record import read_rollouts
+from rl_lvr.rollout.sleeping import Sleeper
 from rl_lvr.rollout.types import Capability, Sampling
 from rl_lvr.training.grpo.config import LatentGRPOConfig
-from rl_lvr.training.grpo.engines import Sleeper, make_engine
+from rl_lvr.training.grpo.engines import make_engine
 
 RUN = {"gradient_accumulation_steps": 2, "engine_sleep": True, "vllm_max_model_length": LENGTH}
 OPTIONS = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -223,7 +224,9 @@ def test_a_quantized_model_takes_no_weights(text, monkeypatch):
 
     for method, takes in ((None, True), ("fp8", False)):
         arguments = EngineArgs(str(text.rig.folder), dtype="bfloat16", quantization=method, max_model_len=64)
-        assert guards.takes_weights(guards.engine_config(arguments, UsageContext.LLM_CLASS)) == takes
+        found = guards.engine_config(arguments, UsageContext.LLM_CLASS).model_config.quantization
+        with nullcontext() if takes else pytest.raises(UserError, match="a model in fp8 cannot take"):
+            guards.refuse_quantized(found, "serve another")
     with monkeypatch.context() as patch:
         patch.setattr(text.vllm.llm.llm_engine.vllm_config.model_config, "quantization", "fp8")
         with pytest.raises(UserError, match="a model in fp8 cannot take a trainer's weights: leave quantization out"):

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from rl_lvr.errors import UserError
+from rl_lvr.rollout.sleeping import Sleeper
 from rl_lvr.rollout.vllm import guards
 from rl_lvr.training.grpo.config import LatentGRPOConfig
-from rl_lvr.training.grpo.engines import Sleeper, check_engine, make_engine
+from rl_lvr.training.grpo.engines import check_engine, make_engine
 
 
 def config(**changes):
@@ -40,7 +41,12 @@ def test_vllm_takes_its_rows_and_its_length_from_the_run():
         ("vllm", {"colour": 9}, {}, "choose from max_model_len"),
         ("vllm", None, {}, r"lacks max_model_len.*max_completion_length \(50\)"),
         ("vllm", {"max_model_len": 50}, {}, "no prompt has room"),
-        ("vllm", {"max_model_len": 99, "engine_args": {"quantization": "fp8"}}, {}, "'fp8', .* leave it out"),
+        (
+            "vllm",
+            {"max_model_len": 99, "engine_args": {"quantization": "fp8"}},
+            {},
+            "in fp8 .* leave quantization out",
+        ),
         ("server", {"url": "http://127.0.0.1:1"}, {}, "keeps the weights .* started with, .* set weights_folder"),
         ("server", {"weights_folder": "w"}, {}, "lacks url"),
         ("server", {"weight_folder": "w"}, {}, "no 'weight_folder'; did you mean 'weights_folder'"),

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from rl_lvr.agreement import agree, processes
 from rl_lvr.errors import UserError
 from rl_lvr.rollout.vllm.weights import Receipt, checkpoint_weights, take_part, write_files
 
@@ -47,19 +48,14 @@ def by_the_first(call: Callable[[], None], model: nn.Module) -> None:
 
     Under ZeRO-3 the others take part in gathering the weights.
     """
-    if not dist.is_initialized():
-        call()
-        return
-    told: list[str | None] = [None]
+    error: Exception | None = None
     try:
-        if dist.get_rank() == 0:
+        if processes() == 1 or dist.get_rank() == 0:
             call()
         else:
             take_part(model)
-    except Exception as error:
-        told = [str(error)]
-        dist.broadcast_object_list(told, src=0)  # before it is raised, or the others would wait for ever
-        raise
-    dist.broadcast_object_list(told, src=0)
-    if told[0] is not None:
-        raise UserError(told[0])
+    except Exception as raised:  # noqa: BLE001, raised again below
+        error = raised
+    if error is not None and processes() == 1:
+        raise error
+    agree(None if error is None else str(error).rstrip("."), error)

@@ -90,7 +90,7 @@ class VLLMRolloutEngine:
         arguments |= {"model": str(folder), "worker_extension_cls": EXTENSION}
         with beside_a_trainer(arguments) if colocated else nullcontext():
             config = guards.engine_config(_engine_args(arguments), UsageContext.LLM_CLASS)
-            if not guards.takes_weights(config):
+            if config.model_config.quantization is not None:
                 self.capabilities -= {Capability.WEIGHTS}
             if not {"gpu_memory_utilization", "kv_cache_memory_bytes"} & arguments.keys():
                 arguments["kv_cache_memory_bytes"] = memory.cache_size(config)
@@ -180,11 +180,8 @@ class VLLMRolloutEngine:
         If this fails nothing is generated until it has succeeded: nobody knows what the weights are then.
         """
         config = self.llm.llm_engine.vllm_config.model_config
-        if not guards.takes_weights(self.llm.llm_engine.vllm_config):
-            raise UserError(
-                f"a model in {config.quantization} cannot take a trainer's weights: leave quantization out of "
-                "engine_args, and start from an unquantized checkpoint."
-            )
+        cure = "leave quantization out of engine_args, and start from an unquantized checkpoint"
+        guards.refuse_quantized(config.quantization, cure)
         mine, theirs = config.hf_config, unwrapped(model).config
         if mine.model_type != theirs.model_type:
             raise UserError(f"a {theirs.model_type} model's weights cannot go into a {mine.model_type} engine.")

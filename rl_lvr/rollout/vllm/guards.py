@@ -144,9 +144,10 @@ def _sentence(error: ValueError) -> str:
     return str(error).strip()
 
 
-def takes_weights(vllm_config: Any) -> bool:
-    """Whether weights of a trainer can take the place of this engine's. Those of a quantized model are others."""
-    return vllm_config.model_config.quantization is None
+def refuse_quantized(quantization: str | None, cure: str) -> None:
+    """Weights of a trainer cannot take the place of a quantized model's, which are others."""
+    if quantization is not None:
+        raise UserError(f"a model in {quantization} cannot take a trainer's weights: {cure}.")
 
 
 def check_config(vllm_config: Any) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from rl_lvr.errors import UserError, near_miss
-from rl_lvr.latents.format import FORMAT_FILE, FormatIds, LatentFormat, get_format
+from rl_lvr.latents.format import FORMAT_FILE, LatentFormat, get_format
 from rl_lvr.models.registry import family_class
-from rl_lvr.rollout.checks import Limits
+from rl_lvr.rollout.binding import Bound, bound
 from rl_lvr.rollout.types import Request
 
 FRAMED = ("internvl",)
@@ -24,12 +24,9 @@ _KEYS = ("format", "max_latents")
 
 
 @dataclass(frozen=True)
-class LatentSettings:
+class LatentSettings(Bound):
     """A latent format bound to the model that a vLLM serves."""
 
-    markers: FormatIds
-    limits: Limits
-    eos: tuple[int, ...]
     max_latents: int
     """Room per request for the latents that it generates."""
     text_only: bool
@@ -107,34 +104,14 @@ def bind(
     """The settings for a model of this transformers config and tokenizer."""
     if max_latents < 1:
         raise UserError(f"max_latents is {max_latents}; it must be at least 1.")
-    text = config.get_text_config()
-    format_.require_room(min(max_positions, int(text.max_position_embeddings)))
     family = family_class(config.model_type)(config)
-    placeholders = family.placeholder_ids(tokenizer)
-    markers = format_.bind(tokenizer, placeholders)
-    found = [tokenizer.eos_token_id, *(generation_eos if isinstance(generation_eos, list) else [generation_eos])]
-    eos = {int(token) for token in found if token is not None}
-    if not eos:
-        raise UserError("neither the generation config nor the tokenizer names an end-of-sequence token: set one.")
-    clash = sorted(eos & set(markers.never_sampled))
-    if clash:
-        raise UserError(
-            f"token id {clash[0]} ends a sequence and is also an image or latent marker, which is never sampled: "
-            "no completion could end. Correct eos_token_id in the generation config."
-        )
-    limits = Limits(
-        hidden_size=int(text.hidden_size),
-        vocabulary=int(text.vocab_size),
-        max_positions=max_positions,
-        image_token=placeholders.get("image", -1),
-        special_ids=frozenset({*tokenizer.all_special_ids, *eos}),
-    )
+    found = bound(format_, family, tokenizer, generation_eos, max_positions)
     frame = None
     if config.model_type in FRAMED:
+        placeholders = family.placeholder_ids(tokenizer)
         frame = placeholders["vision_start"], placeholders["vision_end"]
-    return LatentSettings(
-        markers, limits, tuple(sorted(eos)), max_latents, family.text_only, config.model_type in SINGLE, frame
-    )
+    single = config.model_type in SINGLE
+    return LatentSettings(found.markers, found.limits, found.eos, max_latents, family.text_only, single, frame)
 
 
 def check_room(request: Request, settings: LatentSettings) -> None:

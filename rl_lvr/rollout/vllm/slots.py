@@ -5,6 +5,7 @@ All are allocated once and written in place, so that nothing here waits for the 
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from rl_lvr.errors import UserError
 from rl_lvr.latents.interventions import Intervention
-from rl_lvr.rollout.feeding import with_noise
+from rl_lvr.rollout.feeding import FedRows, fed
 from rl_lvr.rollout.spanstate import SpanState, latents_per_span, open_span
 from rl_lvr.rollout.vllm.settings import LatentSettings
 from rl_lvr.rollout.vllm.wire import LatentArgs
@@ -143,17 +144,11 @@ class SlotTables:
     ) -> Tensor:
         """What to feed at `positions` [N] as latents number `index` [N] of their completions. [N, H]
 
-        `own` [N, H] is f(h). As `rollout.feeding.VectorSource`, for rows that stay in place. `noise`, `supplied`:
-        whether there may be rows with noise, or with vectors of their own.
+        `own` [N, H] is f(h). `noise`, `supplied`: whether there may be rows with noise, or with vectors of their own.
         """
-        z = own
-        if noise:
-            z = with_noise(own, self.seeds[slots], positions, self.sigma[slots], self.matched[slots], self.unit[slots])
-        z = z.masked_fill(self.zeros[slots][:, None], 0)
-        if supplied:
-            given = self.vectors[slots, index.clamp(min=0) % self.vector_count[slots]]
-            z = torch.where(self.supplied[slots][:, None], given, z)
-        return z.to(self._dtype)
+        rows = FedRows(*(getattr(self, entry.name)[slots] for entry in fields(FedRows)))
+        given = self.vectors[slots, index.clamp(min=0) % self.vector_count[slots]] if supplied else None
+        return fed(own, positions, rows, given, noise=noise).to(self._dtype)
 
 
 def _fits(value: float, dtype: torch.dtype) -> bool:

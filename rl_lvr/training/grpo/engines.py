@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,8 +13,12 @@ from transformers import AutoConfig
 
 from rl_lvr.errors import UserError, near_miss
 from rl_lvr.latents.format import LatentFormat
-from rl_lvr.rollout.types import Request, Rollout, RolloutEngine, Sampling
-from rl_lvr.wrapping import unwrapped
+from rl_lvr.rollout.sleeping import Sleeper
+from rl_lvr.rollout.types import RolloutEngine
+from rl_lvr.training.runs.arguments import refuse_other_vocabulary
+
+if TYPE_CHECKING:
+    from rl_lvr.training.grpo.config import LatentGRPOConfig
 
 _log = logging.getLogger(__name__)
 ENGINES = ("hf", "vllm", "server")
@@ -24,7 +28,7 @@ MOST_ROWS = 256
 """`max_num_seqs` is the generation batch of a process, but not more than this unless it is asked for."""
 
 
-def check_engine(name: str, options: Mapping[str, Any] | None, config: Any) -> dict[str, Any]:
+def check_engine(name: str, options: Mapping[str, Any] | None, config: LatentGRPOConfig) -> dict[str, Any]:
     """The options of an engine with what follows from the `config` of a run; UserError for what cannot be.
 
     Needs no model, so that a recipe can be refused before one is loaded.
@@ -54,18 +58,14 @@ def check_engine(name: str, options: Mapping[str, Any] | None, config: Any) -> d
         raise UserError(
             f"max_model_len is {longest}: with max_completion_length {answer} no prompt has room; raise it."
         )
-    if (given.get("engine_args") or {}).get("quantization"):
-        raise UserError(
-            f"engine_args has quantization {given['engine_args']['quantization']!r}, and a trainer's weights cannot go "
-            "into a quantized model: leave it out."
-        )
-    from rl_lvr.rollout.vllm.guards import check_runtime
+    from rl_lvr.rollout.vllm.guards import check_runtime, refuse_quantized
 
+    refuse_quantized((given.get("engine_args") or {}).get("quantization"), "leave quantization out of engine_args")
     check_runtime()
     return given
 
 
-def refuse_length(config: Any, engine: str) -> None:
+def refuse_length(config: LatentGRPOConfig, engine: str) -> None:
     """Refuse TRL's `vllm_max_model_length` with an engine that has no such limit."""
     if config.vllm_max_model_length is not None:
         raise UserError(
@@ -74,7 +74,7 @@ def refuse_length(config: Any, engine: str) -> None:
         )
 
 
-def _server_options(given: dict[str, Any], config: Any) -> dict[str, Any]:
+def _server_options(given: dict[str, Any], config: LatentGRPOConfig) -> dict[str, Any]:
     _require_known("server", given, SERVER_OPTIONS)
     if config.engine_sleep:
         raise UserError("engine_sleep is on, but a server does not sleep: leave it out.")
@@ -97,7 +97,7 @@ def make_engine(
     model: nn.Module,
     processor: Any,
     latent_format: LatentFormat,
-    config: Any,
+    config: LatentGRPOConfig,
 ) -> RolloutEngine | None:
     """The engine for `LatentGRPOTrainer` with this `config`; None is the trainer's own, which is hf.
 
@@ -113,7 +113,8 @@ def make_engine(
         server = ServerRolloutEngine(complete.pop("url"), processor, latent_format, **complete)
         _warn_of_room(server.max_latents, most, config, "start the server with a larger --max-latents")
         return server
-    _same_vocabulary(model, folder)
+    stored = AutoConfig.from_pretrained(folder, local_files_only=True)
+    refuse_other_vocabulary(model, stored, "its folder, which vLLM loads,")
     from rl_lvr.rollout.vllm.engine import VLLMRolloutEngine
     from rl_lvr.rollout.vllm.settings import MAX_LATENTS
 
@@ -130,54 +131,7 @@ def make_engine(
     return Sleeper(engine) if sleeps else engine
 
 
-class Sleeper:
-    """An engine that holds memory only while it works, and leaves the rest of the time to the trainer.
-
-    It sleeps deeply (level 2): nothing is parked on the host, and the weights come from the trainer at every awakening.
-    """
-
-    def __init__(self, engine: Any) -> None:
-        self.engine = engine
-        self.markers = engine.markers
-        self.capabilities = engine.capabilities
-        self._model: nn.Module | None = None
-        self._awake = True
-        self._sleep()
-
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
-        if not self._awake:
-            if self._model is None:
-                raise RuntimeError("an engine that has slept has no weights: call sync_weights first.")
-            self.sync_weights(self._model)
-        try:
-            rollouts: list[Rollout] = self.engine.generate(requests, sampling)
-        finally:
-            self._sleep()
-        return rollouts
-
-    def sync_weights(self, model: nn.Module) -> None:
-        """Wake up with these weights; they are looked up again at every later awakening."""
-        if not self._awake:
-            try:
-                self.engine.wake()
-            except Exception:
-                from rl_lvr.rollout.vllm.weights import take_part
-
-                take_part(model)  # other ranks, which woke up, wait for this one
-                raise
-            self._awake = True
-        self.engine.sync_weights(model)
-        self._model = model
-
-    def close(self) -> None:
-        self.engine.close()
-
-    def _sleep(self) -> None:
-        self.engine.sleep(2)
-        self._awake = False
-
-
-def _warn_of_room(room: int, most: int, config: Any, cure: str) -> None:
+def _warn_of_room(room: int, most: int, config: LatentGRPOConfig, cure: str) -> None:
     """A completion with more latents than the engine has room for ends the run, in whichever step it comes."""
     if room < most and config.process_index == 0:
         _log.warning(
@@ -190,18 +144,7 @@ def _warn_of_room(room: int, most: int, config: Any, cure: str) -> None:
         )
 
 
-def _same_vocabulary(model: nn.Module, folder: str | Path) -> None:
-    stored = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config().vocab_size
-    base: Any = unwrapped(model)
-    mine = base.config.get_text_config().vocab_size
-    if mine != stored:
-        raise UserError(
-            f"the model has {mine} token embeddings and its folder, which vLLM loads, {stored}: save the model with "
-            "its marker tokens, and start from there."
-        )
-
-
-def _dtype(model: nn.Module, config: Any) -> str:
+def _dtype(model: nn.Module, config: LatentGRPOConfig) -> str:
     """In which the trainer computes."""
     if config.bf16 or config.fp16:
         return "bfloat16" if config.bf16 else "float16"

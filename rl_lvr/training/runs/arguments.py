@@ -7,8 +7,8 @@ map.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, replace, replace
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,15 +17,15 @@ from torch import nn
 from transformers import AutoProcessor
 from transformers.utils.hub import cached_file
 from trl import GRPOConfig, SFTConfig
-from trl.trainer.utils import create_model_from_path, get_callable_name, get_config_model_id
+from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from rl_lvr.errors import UserError
 from rl_lvr.latents.feedback import NAME as FEEDBACK
 from rl_lvr.latents.feedback import attach_feedback
 from rl_lvr.latents.format import FORMAT_FILE, FormatIds, LatentFormat, choose_format
 from rl_lvr.models import Family, family_of
-from rl_lvr.wrapping import unwrapped
 from rl_lvr.training.runs.settings import ARGUMENTS_ON_LATENTS, WITH_FORMAT
+from rl_lvr.wrapping import unwrapped
 
 STORED = "stored"
 """`latent_format` of a trainer: the format stored with the model; a model without one trains without latents."""
@@ -85,12 +85,18 @@ def loaded(
     quantization_config: Any,
 ) -> Loaded:
     """Load what is given by its path, or not at all, and bind the format to the tokenizer."""
-    model = model_of(model, config, latent_format, quantization_config)
-    processor = processor_of(model, config) if processor is None else processor
-    found = Loaded(model, processor, adapter_with_feedback(peft_config, model), family_of(model), None)
-    if latent_format is None:
-        return found
-    return replace(found, markers=latent_format.bind(found.tokenizer, found.family.placeholder_ids(found.tokenizer)))
+    found = _model(model, config, latent_format, quantization_config)
+    if processor is None:  # TRL's: of a model of text alone it is a tokenizer
+        processor = AutoProcessor.from_pretrained(
+            name_of(found),
+            revision=(config.model_init_kwargs or {}).get("revision"),
+            truncation_side="left",
+            padding_side="left",
+            trust_remote_code=config.trust_remote_code,
+        )
+    family = family_of(found)
+    markers = None if latent_format is None else family.bind(latent_format, processor)
+    return Loaded(found, processor, _with_feedback(peft_config, found), family, markers)
 
 
 def refuse_arguments(table: Mapping[str, str], where: str, **given: Any) -> None:
@@ -119,7 +125,7 @@ def format_of(model: str | nn.Module, latent_format: LatentFormat | str | None) 
     return latent_format
 
 
-def model_of(model: str | nn.Module, args: Any, latent_format: LatentFormat | None, quantization_config: Any) -> Any:
+def _model(model: str | nn.Module, args: Any, latent_format: LatentFormat | None, quantization_config: Any) -> Any:
     """The model with the feedback map of its format; a model given by its path is loaded as TRL loads it."""
     given = dict(args.model_init_kwargs or {})
     if quantization_config is not None:
@@ -145,26 +151,20 @@ def fit_reference(reference: Any, model: Any, latent_format: LatentFormat) -> No
     if hasattr(unwrapped(model), FEEDBACK):
         attach_feedback(reference, latent_format, model.config._name_or_path)
         getattr(unwrapped(reference), FEEDBACK).requires_grad_(False)
-    mine, theirs = (unwrapped(m).config.get_text_config().vocab_size for m in (model, reference))
+    refuse_other_vocabulary(model, unwrapped(reference).config, "the reference, which TRL loads from its folder,")
+
+
+def refuse_other_vocabulary(model: nn.Module, other: Any, what: str) -> None:
+    """Refuse a config `other` of `what`, which lies on disk, that has not as many token embeddings as `model`."""
+    mine, theirs = (config.get_text_config().vocab_size for config in (unwrapped(model).config, other))
     if mine != theirs:
         raise UserError(
-            f"the model has {mine} token embeddings and the reference, which TRL loads from its folder, "
-            f"{theirs}: save the model with its marker tokens, and start from there."
+            f"the model has {mine} token embeddings and {what} {theirs}: save the model with its marker tokens, and "
+            "start from there."
         )
 
 
-def processor_of(model: Any, args: Any) -> Any:
-    """The processor that TRL would load for a model: a tokenizer for a model of text alone."""
-    return AutoProcessor.from_pretrained(
-        name_of(model),
-        revision=(args.model_init_kwargs or {}).get("revision"),
-        truncation_side="left",
-        padding_side="left",
-        trust_remote_code=args.trust_remote_code,
-    )
-
-
-def adapter_with_feedback(peft_config: Any, model: Any) -> Any:
+def _with_feedback(peft_config: Any, model: Any) -> Any:
     """`peft_config`, under which the feedback map is trained whole and saved beside the adapter."""
     saved = [] if peft_config is None else list(peft_config.modules_to_save or [])
     if peft_config is None or not hasattr(unwrapped(model), FEEDBACK) or FEEDBACK in saved:
