@@ -1,4 +1,8 @@
-"""A language model as judge, behind an OpenAI-compatible endpoint. Text only: the judge sees no image."""
+"""A language model as judge, behind an OpenAI-compatible endpoint. Text only: the judge sees no image.
+
+openai's async client does not serve here: it follows redirects with the key, its attempts count against no budget, and
+its errors quote what the endpoint wrote.
+"""
 
 from __future__ import annotations
 

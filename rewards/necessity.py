@@ -11,7 +11,7 @@ from rl_lvr.answers import Kind, Source, correct
 def necessity(
     completions: Sequence[Any],
     answer: Sequence[str | None],
-    necessity_completions: Sequence[Any],
+    necessity_completions: Sequence[str | None],
     *,
     value: float = 1.0,
     kind: Kind = "auto",
@@ -25,15 +25,26 @@ def necessity(
     text before its first span and an empty pair of markers, or None where it has no span. It is judged whole, and a
     truncated span counts; the authors' code does neither: `paper_b_necessity`.
     """
+    return weighed(completions, necessity_completions, answer, value, kind, source)
+
+
+def weighed(
+    completions: Sequence[Any],
+    without: Sequence[str | None],
+    answer: Sequence[str | None],
+    value: float,
+    kind: Kind,
+    source: Source,
+) -> list[float | None]:
+    """Paper B's three values. `without` are the texts that came of it without latents; None is 0."""
     right = correct(completions, answer, kind, source)
-    texts = ["" if without is None else without for without in necessity_completions]
-    right_without = correct(texts, answer, kind, source)
+    right_without = correct(["" if text is None else text for text in without], answer, kind, source)
     values: list[float | None] = []
-    for with_, without, completion in zip(right, right_without, necessity_completions, strict=True):
-        if with_ is None:
+    for first, second, text in zip(right, right_without, without, strict=True):
+        if first is None:
             values.append(None)
-        elif completion is None or not (with_ or without):
+        elif text is None or not (first or second):
             values.append(0.0)
         else:
-            values.append(value if with_ and not without else -0.5 * value)
+            values.append(value if first and not second else -0.5 * value)
     return values

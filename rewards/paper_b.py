@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 from rl_lvr.answers import Kind, Source, correct
 
+from .necessity import weighed
+
 _AROUND = re.compile(r"\s*(<|>|/)\s*")
 _BOX = re.compile(r"\\boxed\{.*?\}", re.DOTALL)
 _ANSWER = re.compile(r"<answer>(.*?)</answer>")
@@ -132,17 +134,7 @@ def paper_b_necessity(
     times, and 0 where no span was closed by an END, a truncated one too. Ours, `necessity`, judges the whole text of
     the second rollout, and counts truncated spans.
     """
-    right = correct(completions, answer, kind, source)
-    without = correct(["" if text is None else text for text in necessity_continuations], answer, kind, source)
-    values: list[float | None] = []
-    for first, second, text in zip(right, without, necessity_continuations, strict=True):
-        if first is None:
-            values.append(None)
-        elif text is None or not (first or second):
-            values.append(0.0)
-        else:
-            values.append(value if first and not second else -0.5 * value)
-    return values
+    return weighed(completions, necessity_continuations, answer, value, kind, source)
 
 
 def paper_b_format(texts: Sequence[str], spans: Sequence[Sequence[Any]], **_: Any) -> list[float]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rl_lvr.errors import UserError
+from rl_lvr.flags import take
 
 FLAG = "accelerate_config"
 PASSED_ON = ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port")
@@ -30,7 +31,7 @@ ALL_GPUS = "--one-process-per-gpu"
 
 def launch_words(verb: str, words: Sequence[str]) -> list[str] | None:
     """The words for `main` that start `rl-lvr VERB` again without `FLAG`; None if it is not among `words`."""
-    ours, rest = _split(words)
+    ours, rest = take(words, (FLAG, *PASSED_ON))
     wanted = ours.pop(FLAG, None)
     if wanted is None:
         if ours:
@@ -144,26 +145,6 @@ def _end_group(earlier: Any, *, failed: bool) -> None:
         distributed_c10d._abort_process_group()  # destroying would wait for the other processes
     else:
         destroy_process_group()
-
-
-def _split(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Flags that are ours with their values, and the other words."""
-    ours: dict[str, str] = {}
-    rest: list[str] = []
-    left = list(words)
-    while left:
-        word = left.pop(0)
-        name, given, value = word.removeprefix("--").partition("=")
-        name = name.replace("-", "_")
-        if not word.startswith("--") or name not in (FLAG, *PASSED_ON):
-            rest.append(word)
-            continue
-        if not given:
-            if not left or left[0].startswith("--"):
-                raise UserError(f"{word} needs a value.")
-            value = left.pop(0)
-        ours[name] = value
-    return ours, rest
 
 
 if __name__ == "__main__":

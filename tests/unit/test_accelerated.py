@@ -39,6 +39,7 @@ def test_a_file_of_ones_own_says_how_many_processes(tmp_path: Path) -> None:
         (["--accelerate_config", "no/such.yaml"], "no accelerate config at no/such.yaml"),
         (["--accelerate_config"], "--accelerate_config needs a value"),
         (["--num_processes", "2"], "--num_processes goes with --accelerate_config"),
+        (["--accelerate_config=ddp", "--accelerate-config", "zero2"], "--accelerate_config is given twice"),
     ],
 )
 def test_mistakes_are_refused(words: list[str], message: str) -> None:

@@ -90,6 +90,21 @@ def test_options_reach_functions_and_classes(own: str) -> None:
     assert [spec.function(**texts) for spec in load_rewards(entries)] == [[2, 0], [3, 3]]
 
 
+@pytest.mark.parametrize("options", [{}, {"weight": 2.0}])
+def test_an_option_that_is_set_hides_no_column_behind_it(tmp_path: Path, options: dict[str, float]) -> None:
+    """functools.partial calls every parameter after a bound one keyword-only, as options are."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def mine(completions, weight=1.0, answer=None, *, spans, scale=1.0, **_):\n"
+        "    return [weight * scale * (a == c) + len(s) for c, a, s in zip(completions, answer, spans)]\n"
+    )
+    (spec,) = load_rewards([{"name": f"{file}:mine", "options": options}])
+    assert {"answer", "spans"} <= spec.takes
+    assert "scale" not in spec.takes
+    columns = {"completions": ["B"], "answer": ["B"], "spans": [[1, 2]], "scale": [100.0]}
+    assert spec.function(**columns) == [options.get("weight", 1.0) + 2]
+
+
 @pytest.mark.parametrize(
     ("entry", "problem"),
     [

@@ -26,7 +26,7 @@ from typing import Any, Literal, cast
 from rl_lvr.answers import text_of
 from rl_lvr.errors import Fault, UserError
 from rl_lvr.training.rewards.isolating import isolated
-from rl_lvr.training.rewards.options import FROM_TRAINER, options_of, signal_names
+from rl_lvr.training.rewards.options import FROM_TRAINER, signal_names, taken
 
 OnError = Literal["stop", "exclude"]
 Scores = list[float | None]
@@ -129,15 +129,7 @@ class _Guarded:
         self.is_async = _is_async(bare)
         code = getattr(bare, "__code__", None) or getattr(getattr(bare, "__call__", None), "__code__", None)  # noqa: B004
         self.file = None if code is None else code.co_filename
-        parameters = inspect.signature(reward).parameters.values()
-        self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        self.names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        self.required = [p.name for p in parameters if p.name in self.names and p.default is p.empty]
-        bound = set(getattr(reward, "keywords", {}))
-        behind_star = {
-            n for n, p in options_of(reward).items() if p.kind is p.KEYWORD_ONLY and p.default is not p.empty
-        }
-        self.options = (bound | behind_star) - self.signals
+        self.taken = taken(reward, self.signals)
         self.loop = _Loop(name) if self.is_async else None
 
     def __call__(self, columns: dict[str, Any]) -> Scores:
@@ -177,18 +169,19 @@ class _Guarded:
             )
         if "texts" not in columns:  # a trainer that makes none has no spans either
             columns = {**columns, "texts": [text_of(completion) for completion in columns["completions"]]}
-        taken = {
+        known, everything = self.taken.names, self.taken.everything
+        arguments = {
             name: value
             for name, value in columns.items()
-            if (self.takes_all or name in self.names) and name not in self.options
+            if name in known or (everything and name not in self.taken.options)
         }
-        missing = [name for name in self.required if name not in taken]
+        missing = [name for name in self.taken.needed if name not in arguments]
         if missing:
             raise UserError(
                 f"reward {self.name!r} needs {missing[0]!r}: the data has no such column "
                 f"(it has {', '.join(sorted(set(columns) - FROM_TRAINER)) or 'none'}), and the recipe no such option."
             )
-        return taken
+        return arguments
 
     def _scores(self, arguments: dict[str, Any], rows: int, kept: Sequence[int]) -> tuple[Scores, dict[int, str]]:
         """Scores of all rows, and what is wrong with which; only the rows `kept` are passed to the reward."""

@@ -12,28 +12,20 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rl_lvr.errors import UserError, exits_refused, near_miss
 from rl_lvr.plugins import Found, Kind, find
-from rl_lvr.training.rewards.call import RewardError, guard
-from rl_lvr.training.rewards.options import FROM_TRAINER, options_of, signal_names, with_options
+from rl_lvr.training.rewards.call import guard
+from rl_lvr.training.rewards.options import FROM_TRAINER, options_of, signal_names, taken, with_options
 
-__all__ = [
-    "MADE_BY_TRAINER",
-    "RewardError",
-    "RewardSpec",
-    "Schedule",
-    "load_rewards",
-    "require_whole_groups",
-    "signals_of",
-    "spec_of",
-    "weights_at",
-]
+if TYPE_CHECKING:
+    from trl import GRPOConfig
 
 REWARD = Kind("reward", "rl_lvr.rewards")
 KEYS = ("name", "label", "weight", "schedule", "signals", "options", "on_error", "timeout")
 TIMEOUT = 300.0
+NECESSITY = ("necessity_completions", "necessity_continuations")
 MADE_BY_TRAINER = {
     "spans": "per completion a list of spans (rl_lvr.rollout.record.span_facts)",
     "group": "a number that the completions of one prompt share",
@@ -125,7 +117,7 @@ def weights_at(specs: Sequence[RewardSpec], step: int) -> list[float]:
     return [spec.weight_at(step) for spec in specs]
 
 
-def require_whole_groups(specs: Sequence[RewardSpec], args: Any) -> None:
+def require_whole_groups(specs: Sequence[RewardSpec], args: GRPOConfig) -> None:
     """Refuse a reward that takes `group` where a group is shared by processes, each of which sees its own rows only.
 
     `args` are those of the trainer (TRL's GRPOConfig, which sees to it that all processes together hold whole groups).
@@ -170,33 +162,39 @@ def _load(fields: Mapping[str, Any], beside: Path | None) -> RewardSpec:
     if not callable(reward):
         raise UserError(f"reward {name!r} is a class whose objects cannot be called: give it __call__.")
     signals = _signals(name, reward, found, fields.get("signals", ()))
-    return RewardSpec(
-        name=label,
-        where=found.where,
-        function=guard(reward, label, signals=signals, on_error=on_error, timeout=timeout),
-        weight=float(weight),
-        schedule=_schedule(name, fields.get("schedule", "constant")),
-        signals=signals,
-        takes=frozenset(_taken(reward) | signal_names(signals)),
-        needs=frozenset(_needed(reward) - signal_names(signals) - set(MADE_BY_TRAINER) - FROM_TRAINER),
-        doc=first_line(found.target),
-    )
+    function = guard(reward, label, signals=signals, on_error=on_error, timeout=timeout)
+    schedule = _schedule(name, fields.get("schedule", "constant"))
+    return _spec(label, found, reward, function, float(weight), schedule, signals)
 
 
 def spec_of(function: Callable[..., Any], name: str) -> RewardSpec:
     """A reward function as TRL takes it, called as it is: with a weight of 1 and the signals that it declares."""
     found = Found(name, "reward_funcs", function)
-    signals = _signals(name, function, found, ())
+    return _spec(name, found, function, function, 1.0, Schedule(), _signals(name, function, found, ()))
+
+
+def _spec(
+    name: str,
+    found: Found,
+    reward: Callable[..., Any],
+    function: Callable[..., Any],
+    weight: float,
+    schedule: Schedule,
+    signals: tuple[Any, ...],
+) -> RewardSpec:
+    """`function` is what is called in place of `reward`, whose signature says what it takes."""
+    measured = signal_names(signals)
+    columns = taken(reward, measured)
     return RewardSpec(
         name=name,
         where=found.where,
         function=function,
-        weight=1.0,
-        schedule=Schedule(),
+        weight=weight,
+        schedule=schedule,
         signals=signals,
-        takes=frozenset(_taken(function) | signal_names(signals)),
-        needs=frozenset(_needed(function) - signal_names(signals) - set(MADE_BY_TRAINER) - FROM_TRAINER),
-        doc=first_line(function),
+        takes=columns.names | measured,
+        needs=frozenset(columns.needed) - measured - set(MADE_BY_TRAINER) - FROM_TRAINER,
+        doc=first_line(found.target),
     )
 
 
@@ -235,18 +233,6 @@ def _signals(name: str, reward: Callable[..., Any], found: Found, given: Any) ->
     if any(not signal_names([entry]) for entry in entries):
         raise UserError(f"reward {name!r}: a signal is a name, or a name with its parameters; not {entries!r}.")
     return entries
-
-
-def _taken(reward: Callable[..., Any]) -> set[str]:
-    parameters = inspect.signature(reward).parameters.values()
-    names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    return names - {name for name, p in options_of(reward).items() if p.kind is p.KEYWORD_ONLY}
-
-
-def _needed(reward: Callable[..., Any]) -> set[str]:
-    parameters = inspect.signature(reward).parameters.values()
-    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    return {p.name for p in named if p.default is p.empty}
 
 
 def _schedule(name: str, given: Any) -> Schedule:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,21 +16,15 @@ from rl_lvr.training.rewards.load import RewardSpec, Schedule, spec_of
 from rl_lvr.training.runs.arguments import name_of
 
 
-@contextmanager
-def text_for_models(trainer: Any) -> Iterator[None]:
-    """While `trainer` calculates rewards, its reward models read the text of messages whose content is a list of parts.
+def readers(tokenizers: Sequence[Any]) -> list[Any]:
+    """TRL's `reward_processing_classes`, which read the text of messages whose content is a list of parts.
 
     TRL's prompts with images are such messages. A chat template that knows text alone would print the list.
     """
-    kept = trainer.reward_processing_classes
-    trainer.reward_processing_classes = [
+    return [
         _TextOfMessages(reader) if isinstance(reader, PreTrainedTokenizerBase) and not _reads_parts(reader) else reader
-        for reader in kept
+        for reader in tokenizers
     ]
-    try:
-        yield
-    finally:
-        trainer.reward_processing_classes = kept
 
 
 def defect_of(rewards: Tensor, funcs: Sequence[Any], names: Sequence[str]) -> str | None:

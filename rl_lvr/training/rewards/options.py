@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from inspect import Parameter
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -68,6 +69,37 @@ def options_of(target: Callable[..., Any]) -> dict[str, Parameter]:
         and p.name not in signals
         and (p.kind is p.KEYWORD_ONLY or p.default is not p.empty)
     }
+
+
+@dataclass(frozen=True)
+class Taken:
+    """The columns that a reward takes, as its signature says."""
+
+    names: frozenset[str]
+    needed: tuple[str, ...]
+    """Those without a default, in their order."""
+    everything: bool
+    """It takes all other columns too (`**columns`)."""
+    options: frozenset[str]
+    """Names that no column reaches: options that are bound, and what stands behind `*` with a default."""
+
+
+def taken(reward: Callable[..., Any], signals: Collection[str]) -> Taken:
+    """`signals` are columns, whatever the signature says of them."""
+    parameters = inspect.signature(reward).parameters.values()
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    bare, bound = reward, frozenset[str]()
+    if isinstance(reward, functools.partial):  # in whose signature all parameters after a bound one are keyword-only
+        bare, bound = reward.func, frozenset(reward.keywords)
+    own = inspect.signature(bare).parameters.values()
+    options = bound | {p.name for p in own if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
+    options -= FROM_TRAINER | set(signals)
+    return Taken(
+        names=frozenset(p.name for p in named if p.name not in options),
+        needed=tuple(p.name for p in named if p.default is p.empty),
+        everything=any(p.kind is p.VAR_KEYWORD for p in parameters),
+        options=options,
+    )
 
 
 def signal_names(signals: Sequence[Any]) -> set[str]:

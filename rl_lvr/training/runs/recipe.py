@@ -1,7 +1,8 @@
 """A YAML recipe plus flags that override it, as TRL's command line does it; wrong keys are refused with a hint.
 
 Recipe keys are the fields of the config dataclasses. The recipe is turned into flags and parsed together with the
-ones from the command line, so types and choices are checked in one place and a later flag wins.
+ones from the command line, so types and choices are checked in one place and a later flag wins. (TRL's own reading of
+a file, `parse_args_and_config`, takes values as they are, and sets environment variables that it names.)
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import yaml
 from trl import TrlParser
 
 from rl_lvr.errors import UserError, near_miss
+from rl_lvr.flags import flags, take
 from rl_lvr.settings_files import read_yaml, refuse_repeats_in_json
 from rl_lvr.training.runs.settings import require_finite_settings
 
@@ -40,26 +42,25 @@ def parse_recipe(dataclass_types: Sequence[type], argv: Sequence[str]) -> tuple[
     known = {f.name: f for cls in dataclass_types for f in dataclasses.fields(cls) if f.init}
     for key in recipe:
         _check_name(key, known, f"recipe {where}: unknown key")
-    name = ""
-    for flag in argv:
-        if flag.startswith("--"):
-            name = flag[2:].partition("=")[0]
-            _check_name(name, known, "unknown flag")
-        text = flag.partition("=")[2] if flag.startswith("--") else flag
-        if text.lstrip().startswith(("{", "[")):
-            refuse_repeats_in_json(text, f"--{name}")
+    overrides: dict[str, str] = {}
+    for name, values, words in flags(argv):
+        _check_name(words[0].removeprefix("--").partition("=")[0], known, "unknown flag")
+        for value in values:
+            if value.lstrip().startswith(("{", "[")):
+                refuse_repeats_in_json(value, f"--{name}")
+        overrides[name] = " ".join(values) or "true"
 
-    given = {**recipe, **_overrides(argv)}
+    given = {**recipe, **overrides}
     for name in _JSON_FILES:
         path = given.get(name)
         if isinstance(path, str) and path.endswith(".json") and Path(path).is_file():
             refuse_repeats_in_json(Path(path).read_text(encoding="utf-8"), f"{name} {path}")
 
     parser = _Parser(dataclass_types=list(dataclass_types), allow_abbrev=False)
-    flags, nulls = _as_flags(recipe)
+    written, nulls = _as_flags(recipe)
     parser.set_defaults(**dict.fromkeys(nulls))
     try:
-        parsed = parser.parse_args_into_dataclasses(args=[*flags, *argv], look_for_args_file=False)
+        parsed = parser.parse_args_into_dataclasses(args=[*written, *argv], look_for_args_file=False)
     except (ValueError, TypeError) as error:
         # A dataclass's own checks: transformers and TRL raise these with a sentence for the user.
         raise UserError(f"{where or 'flags'}: {' '.join(str(error).split())}") from error
@@ -70,15 +71,10 @@ def parse_recipe(dataclass_types: Sequence[type], argv: Sequence[str]) -> tuple[
 
 def split_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
     """The path behind `--config`, if it is there, and the other words."""
-    words = [part for flag in argv for part in (flag.split("=", 1) if flag.startswith("--config=") else [flag])]
-    if words and not words[0].startswith("--"):
-        raise UserError(f"{words[0]!r} stands alone; a recipe is named with --config {words[0]}.")
-    if "--config" not in words:
-        return None, words
-    at = words.index("--config")
-    if at + 1 == len(words):
-        raise UserError("--config needs the path of a recipe.")
-    return words[at + 1], words[:at] + words[at + 2 :]
+    if argv and not argv[0].startswith("--"):
+        raise UserError(f"{argv[0]!r} stands alone; a recipe is named with --config {argv[0]}.")
+    ours, words = take(argv, ("config",))
+    return ours.get("config"), words
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
@@ -118,18 +114,3 @@ def _as_flags(recipe: dict[str, Any]) -> tuple[list[str], list[str]]:
         else:
             flags.append(f"--{key}={value}")
     return flags, nulls
-
-
-def _overrides(argv: list[str]) -> dict[str, str]:
-    """Flags of the command line by name, for the record of a run."""
-    found: dict[str, str] = {}
-    for i, flag in enumerate(argv):
-        if flag.startswith("--"):
-            name, given, value = flag[2:].partition("=")
-            values = [value] if given else []
-            for more in argv[i + 1 :]:
-                if more.startswith("--"):
-                    break
-                values.append(more)
-            found[name.replace("-", "_")] = " ".join(values) or "true"
-    return found
