@@ -1,7 +1,8 @@
 """Progress on long work: a bar with rate and time left on a terminal, plain lines on stderr elsewhere.
 
-Nothing is shown for work that ends within two seconds. Standard output is never touched, so that a verb's
-result can be piped. What is logged for later (metrics.jsonl) is not here.
+rich draws the bar, which outside of a terminal shows nothing until the end. Nothing is shown for work that ends within
+two seconds. Standard output is never touched, so that a verb's result can be piped. What is logged for later
+(metrics.jsonl) is not here.
 """
 
 from __future__ import annotations

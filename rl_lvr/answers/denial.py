@@ -22,7 +22,6 @@ REJECTED = re.compile(
 )
 """What follows an answer that is not meant."""
 _REPLACED = re.compile(r"\bnot\s+(?:(?!\bbut\b)[^.;\n]){1,80}?,?\s+but\s+(?:rather\s+|instead\s+)?", re.IGNORECASE)
-_ALL_BUT = re.compile(r"\b(?:all|anything|everything|nothing|none)\s+but\s+$", re.IGNORECASE)
 REFUSED = re.compile(
     r"(?:(?:i\s+(?:do\s+not|don't|can\s*not|can't|could\s+not|couldn't|am\s+not|am\s+unable|'m\s+not|have\s+no)|i'm\s+(?:not|unable|sorry)|"
     r"sorry|it\s+is\s+(?:not\s+possible|impossible|unclear)|cannot\s+(?:be\s+)?(?:determined?|say|tell|answer)|"

@@ -77,32 +77,9 @@ _LIST = re.compile(r"\s*(?:,(?:\s*and)?|;|and|&|\u548c)\s*", re.IGNORECASE)
 _GIVEN_FIRST = re.compile(r"(?:\s+[A-Za-z]+)?(?:[.,;(]\s|\s+(?:because|since|as)\b)", re.IGNORECASE)
 """After a number at the start of a text that is the answer, with reasons to follow."""
 _NOUN = re.compile(r"\s*((?:[A-Za-z]+(?:\s+|$)){1,4})")
-_NO_NOUN = frozenset(
-    [
-        "in",
-        "of",
-        "on",
-        "at",
-        "by",
-        "to",
-        "from",
-        "for",
-        "and",
-        "or",
-        "but",
-        "so",
-        "as",
-        "because",
-        "since",
-        "which",
-        "that",
-        "with",
-        "is",
-        "are",
-        "was",
-        "total",
-        "altogether",
-    ]
+_NO_NOUN = re.compile(
+    r"in|of|on|at|by|to|from|for|and|or|but|so|as|because|since|which|that|with|is|are|was|total|altogether",
+    re.IGNORECASE,
 )
 
 
@@ -147,15 +124,11 @@ def read_number(text: str, formal: bool = False) -> Reading | None:
     chosen = _announced(text, runs)
     first = runs.index(chosen)
     reading = chosen.reading
-    if first + 1 < len(runs):
-        between = text[chosen.end : runs[first + 1].begin]
-        if _OR.fullmatch(between) and runs[first + 1].reading != reading:
-            return None
-        if _TO.fullmatch(between) or _LIST.fullmatch(between):
-            return Reading(None)
-    if first:
-        between = text[runs[first - 1].end : chosen.begin]
-        if _OR.fullmatch(between) and runs[first - 1].reading != reading:
+    for other, left, right in ((first + 1, first, first + 1), (first - 1, first - 1, first)):
+        if not 0 <= other < len(runs):
+            continue
+        between = text[runs[left].end : runs[right].begin]
+        if _OR.fullmatch(between) and runs[other].reading != reading:
             return None
         if _TO.fullmatch(between) or _LIST.fullmatch(between):
             return Reading(None)
@@ -224,7 +197,7 @@ def _whole(text: str) -> Quantity | None:
         return Quantity(quantity[0].value, quantity[0].unit, (), True)
     if (
         words
-        and not {w.casefold() for w in words.groups() if w} & (_OF_FORMULAS | _NO_NOUN)
+        and not any(_NO_NOUN.fullmatch(w) or w.casefold() in _OF_FORMULAS for w in words.groups() if w)
         and quantity[0].unit is None
     ):
         return Quantity(quantity[0].value, None, tuple(w for w in words.groups() if w), True)
@@ -393,7 +366,7 @@ def _read_run(text: str, begin: int, end: int) -> _Run | None:
 def _with_noun(quantity: Quantity, text: str, end: int) -> Quantity:
     noun = _NOUN.match(text, end) if quantity.unit is None and not quantity.words else None
     words: tuple[str, ...] = tuple(noun[1].split()) if noun else ()
-    if words and words[0].casefold() in _NO_NOUN:
+    if words and _NO_NOUN.fullmatch(words[0]):
         words = ()
     return Quantity(quantity.value, quantity.unit, words)
 

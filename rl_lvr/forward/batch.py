@@ -1,4 +1,4 @@
-"""What a generating and a replaying forward share: the model's mode, the images of a batch, and the replay itself."""
+"""What forwards share: the model's mode, the images of a batch, the replay itself, the states of another's pass."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from rl_lvr.forward.inject import inject
 from rl_lvr.latents.batch import LatentBatch
+from rl_lvr.latents.feedback import NAME as FEEDBACK
+from rl_lvr.latents.feedback import feedback
 from rl_lvr.latents.format import FormatIds
 from rl_lvr.models import Family, family_of
-from rl_lvr.wrapping import input_embeddings
+from rl_lvr.wrapping import input_embeddings, unwrapped
 
 
 @contextmanager
@@ -66,3 +68,28 @@ def forward_hidden(model: nn.Module, batch: ReplayBatch, markers: FormatIds, *, 
         )
     hidden: Tensor = output.last_hidden_state
     return hidden
+
+
+@contextmanager
+def states_before(model: nn.Module, rows: Tensor, places: Tensor) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Collect the final hidden states [B, T, H] of the forward inside, and f of those before `places` [N] of `rows`.
+
+    For a forward that is not ours to call, and whose head hides its states. The feedback map runs inside it, and its
+    result is tied to it by a zero, so that DDP sees its parameters used and ZeRO-3 gathers them in order.
+    """
+    made: list[tuple[Tensor, Tensor]] = []
+    has_map = hasattr(unwrapped(model), FEEDBACK)
+
+    def collect(module: nn.Module, args: Any, output: Any) -> Any:
+        hidden = output.last_hidden_state
+        predicted = feedback(model, hidden[rows, places - 1])
+        made.append((hidden, predicted))
+        if has_map:
+            output.last_hidden_state = hidden + 0.0 * predicted.sum()
+        return output
+
+    handle = family_of(model).core(model).register_forward_hook(collect)
+    try:
+        yield made
+    finally:
+        handle.remove()

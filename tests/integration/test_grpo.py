@@ -210,6 +210,7 @@ def test_nothing_is_left_on_the_head(load_tiny: Any, tmp_path: Path) -> None:
     head = model.get_output_embeddings()
     assert head.bias is None
     assert "bias" not in head.__dict__
+    assert "get_output_embeddings" not in model.__dict__
     assert not model.model._forward_hooks
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ from rl_lvr.forward.inject import inject
 from rl_lvr.latents.batch import LatentBatch
 from rl_lvr.models import family_of
 from rl_lvr.training.grpo import trainer as grpo
-from rl_lvr.training.grpo.inputs import processed_once, same
+from rl_lvr.training.grpo.batch import GenerationBatch
+from rl_lvr.training.grpo.inputs import OncePerPrompt, same
 
 
 def group(pictures: int) -> list[dict[str, Any]]:
@@ -65,8 +65,9 @@ def test_every_family_gets_the_same_tensors(
     monkeypatch.setattr(images, "__call__", counting)
     both_calls(trainer, inputs)
     assert seen == [6 * pictures, 6 * pictures]  # the control
-    with processed_once(trainer, family_of(model), inputs):
-        once = both_calls(trainer, inputs)
+    trainer.batch = GenerationBatch(processor=OncePerPrompt(processor, family_of(model), inputs))
+    once = both_calls(trainer, inputs)
+    trainer.batch = None
     assert seen[2:] == [2 * pictures, 2 * pictures]
     assert equal(plain, once)
     assert trainer.processing_class is processor
@@ -74,8 +75,8 @@ def test_every_family_gets_the_same_tensors(
 
 def test_a_generation_batch_is_the_same(load_tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
-    for once in (processed_once, lambda *_: nullcontext()):
-        monkeypatch.setattr(grpo, "processed_once", once)
+    for once in (OncePerPrompt, lambda processor, *_: processor):
+        monkeypatch.setattr(grpo, "OncePerPrompt", once)
         trainer = make_trainer(*opening(load_tiny), tmp_path, per_device_train_batch_size=8)
         inputs = [dict(row) for row in rows(count=2) for _ in range(4)]
         found.append(trainer._generate_and_score_completions(inputs))

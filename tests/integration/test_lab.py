@@ -29,7 +29,7 @@ def demo(out: Path, *more: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_demo_that_is_cut_off_goes_on_and_a_third_run_does_nothing(tmp_path: Path) -> None:
     out = tmp_path / "demo"

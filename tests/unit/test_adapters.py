@@ -16,7 +16,7 @@ LINEAR = {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
 def adapted(model, **settings):
     """Names of the modules that get an adapter."""
     family = family_class(model.config.model_type)(model.config)
-    config = adapter_of(ModelConfig(use_peft=True, **settings), model, family, None)
+    config = adapter_of(ModelConfig(use_peft=True, **settings), model, family)
     layers = {id(module) for layer in family.text_layers(model) for module in layer.modules()}
     peft = get_peft_model(model, config)
     names = {name.rpartition(".lora_A")[0] for name, _ in peft.named_parameters() if ".lora_A." in name}

@@ -70,13 +70,13 @@ def test_kinds(made: Rollout, kinds: list[str]) -> None:
 
 def test_rules_are_those_of_the_recipe() -> None:
     batch = [rollout(*CLOSED), rollout(EOS), rollout(TEXT, START, SLOT), rollout(TEXT, EOS)]
-    found, problem = sort_rollouts(batch, MARKERS, rules_of(None))
-    assert found.excluded == [False, True, True, False]
-    assert [found.count(kind) for kind in RULES] == [2, 1, 1, 1]
+    kinds, excluded, problem = sort_rollouts(batch, MARKERS, rules_of(None))
+    assert excluded == [False, True, True, False]
+    assert [sum(kind in row for row in kinds) for kind in RULES] == [2, 1, 1, 1]
     assert problem is None
-    found, problem = sort_rollouts(batch, MARKERS, rules_of('{"empty": "keep", "unclosed": "keep"}'))
-    assert found.excluded == [False] * 4
-    _, problem = sort_rollouts(batch, MARKERS, rules_of({"truncated": "stop"}))
+    _, excluded, _ = sort_rollouts(batch, MARKERS, rules_of('{"empty": "keep", "unclosed": "keep"}'))
+    assert excluded == [False] * 4
+    *_, problem = sort_rollouts(batch, MARKERS, rules_of({"truncated": "stop"}))
     assert problem == "completion 2 is truncated, and on_rollout says stop for 1 of 4 completions"
 
 

@@ -23,7 +23,7 @@ def resumed(path: Path, step: int) -> list[dict]:
     state, control, metrics = TrainerState(global_step=step), TrainerControl(), MetricsFile(path)
     metrics.on_train_begin(arguments, state, control)
     state.global_step += 1
-    metrics.on_log(arguments, state, control, {"loss": 0.5})
+    metrics.on_log(arguments, state, control, logs={"loss": 0.5})
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 

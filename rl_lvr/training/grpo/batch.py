@@ -49,6 +49,8 @@ class GenerationBatch:
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     """Of the data, with the columns that it has."""
+    processor: Any = None
+    """What TRL processes the rows with, where that is not the trainer's own processor."""
     requests: list[Request] = field(default_factory=list)
     sampling: Sampling = field(default_factory=Sampling)
     """How rollouts are drawn."""

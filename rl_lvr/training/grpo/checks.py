@@ -18,7 +18,7 @@ from rl_lvr.rollout.replay import check_parity
 from rl_lvr.rollout.types import RolloutEngine
 from rl_lvr.signals import SignalSpec, between_samples, pooled
 from rl_lvr.training.grpo.batch import ROW_SHARE, GenerationBatch, replay_difference, require_agreement
-from rl_lvr.training.grpo.columns import require_columns
+from rl_lvr.training.grpo.columns import refuse_columns
 from rl_lvr.training.grpo.config import WITH_LATENTS, WITHOUT_LATENTS, LatentGRPOConfig
 from rl_lvr.training.grpo.filtering import Unopened
 from rl_lvr.training.grpo.generation import Generator
@@ -193,7 +193,7 @@ def refuse_latents(
         raise UserError("an engine is given but no latent format: TRL generates by itself then.")
     if signals:
         raise UserError(f"signal {signals[0].name!r} needs a latent format: leave its reward out.")
-    require_columns(specs, without_latents=True)
+    refuse_columns(specs)
 
 
 def check_settings(args: LatentGRPOConfig, latent_format: LatentFormat, hidden_size: int) -> None:

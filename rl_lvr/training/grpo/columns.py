@@ -14,17 +14,17 @@ from rl_lvr.latents.text import completion_text, without_markers
 from rl_lvr.rollout.record import span_facts
 from rl_lvr.rollout.types import Rollout
 from rl_lvr.training.grpo.batch import Again, GenerationBatch
-from rl_lvr.training.rewards.load import MADE_BY_TRAINER, RewardSpec
+from rl_lvr.training.rewards.load import MADE_BY_TRAINER, NECESSITY, RewardSpec
 
-_RECORDED = ("markers", "necessity_completions", "necessity_continuations")
+_RECORDED = ("markers", *NECESSITY)
 """Columns that cannot be made again from the rest of a record."""
 
 
-def require_columns(specs: Sequence[RewardSpec], *, without_latents: bool = False) -> None:
-    """Refuse rewards that read what this trainer does not make."""
+def refuse_columns(specs: Sequence[RewardSpec]) -> None:
+    """Refuse rewards that read what only a trainer with latents makes."""
     for spec in specs:
         wanted = sorted(spec.takes & set(MADE_BY_TRAINER))
-        if without_latents and wanted:
+        if wanted:
             raise UserError(f"reward {spec.name!r} reads {wanted[0]!r}, which is made with a latent format only.")
 
 
@@ -58,11 +58,6 @@ def with_columns(rows: Sequence[dict[str, Any]], columns: Mapping[str, Sequence[
     if clash:
         raise UserError(f"the data has a column {clash[0]!r}, which the trainer makes itself: rename it.")
     return [{**row, **{name: values[i] for name, values in columns.items()}} for i, row in enumerate(rows)]
-
-
-def rolls_out_again(specs: Sequence[RewardSpec]) -> bool:
-    """Whether a reward asks for what comes of a prompt without latents."""
-    return any(name.startswith("necessity_") for spec in specs for name in spec.takes & set(MADE_BY_TRAINER))
 
 
 def again_of(rollout: Rollout, tokenizer: Any, markers: FormatIds) -> Again:
@@ -111,11 +106,6 @@ def read_completions(
         else:
             found.append([{"role": "assistant", "content": completion_text(ids, tokenizer, markers)}])
     return found
-
-
-def texts_of(completion_ids: Sequence[Sequence[int]], tokenizer: Any, markers: FormatIds | None) -> list[str]:
-    """The column `texts`: each completion's plain text, without latent spans and special tokens."""
-    return [completion_text(ids, tokenizer, markers) for ids in completion_ids]
 
 
 def has_span(rollout: Rollout, markers: FormatIds) -> bool:

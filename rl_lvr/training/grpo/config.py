@@ -14,16 +14,12 @@ from rl_lvr.training.grpo.policies import policy_of
 from rl_lvr.training.grpo.rules import rules_of
 from rl_lvr.training.runs import settings
 from rl_lvr.training.runs.settings import (
-    CHOICES,
     ON_LATENTS,
-    Defaults,
-    LossSettings,
     RunSettings,
+    TrainerSettings,
     check_run,
-    require_choice,
-    require_finite_settings,
+    require_at_least,
     require_words,
-    settle_device,
 )
 
 TRL_CHOICES: dict[str, tuple[Any, ...]] = {
@@ -103,7 +99,7 @@ WITHOUT_EFFECT = settings.WITHOUT_EFFECT | {
 
 
 @dataclass
-class LatentGRPOConfig(LossSettings, Defaults, GRPOConfig):
+class LatentGRPOConfig(TrainerSettings, GRPOConfig):
     """Everything of TRL's `GRPOConfig` works as well, but for what the trainer refuses with the reason."""
 
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "latent_policy_options"]  # noqa: RUF012, as transformers has it
@@ -189,33 +185,17 @@ class LatentGRPOConfig(LossSettings, Defaults, GRPOConfig):
         metadata={"help": "What the hardware does per second at most, in 1e12 operations. Default: a known GPU's."},
     )
 
-    def __post_init__(self) -> None:
-        self.check()
-        settle_device(self)
-        super().__post_init__()
+    choices = TRL_CHOICES | {"latent_scale": ("mean", "sum")}
 
     def check(self) -> None:
-        """Refuse what cannot be in the settings that are added to TRL's."""
-        require_finite_settings(self)
-        if self.latent_scale not in ("mean", "sum"):
-            raise UserError(f"latent_scale is {self.latent_scale!r}; choose mean or sum.")
-        for name in ("latent_sigma", "latent_weight", "latent_epsilon", "latent_epsilon_high", "beta"):
-            if not (getattr(self, name) or 0) >= 0:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
+        super().check()
+        require_at_least(self, 0, "latent_sigma", "latent_weight", "latent_epsilon", "latent_epsilon_high", "beta")
+        require_at_least(self, 0, "engine_retries")
+        require_at_least(self, 1, "rollout_batch", "scoring_batch", "max_idle_steps")
         if self.replay_tolerance is not None and not self.replay_tolerance > 0:
             raise UserError(f"replay_tolerance is {self.replay_tolerance}; it must be above 0.")
-        if self.rollout_batch < 1:
-            raise UserError(f"rollout_batch is {self.rollout_batch}; it must be at least 1.")
-        if self.scoring_batch is not None and self.scoring_batch < 1:
-            raise UserError(f"scoring_batch is {self.scoring_batch}; it must be at least 1.")
-        require_words(self, CHOICES | TRL_CHOICES)
         policy_of(self)  # refuses what does not go with it
-        self.check_faults()
         self.on_rollout = rules_of(self.on_rollout)
-        if self.engine_retries < 0:
-            raise UserError(f"engine_retries is {self.engine_retries}; it must be 0 or more.")
-        if self.max_idle_steps is not None and self.max_idle_steps < 1:
-            raise UserError(f"max_idle_steps is {self.max_idle_steps}; it must be at least 1.")
 
 
 @dataclass
@@ -237,7 +217,7 @@ class GRPORecipe(RunSettings, LatentGRPOConfig):
 
     def __post_init__(self) -> None:
         check_run(self)
-        require_choice(self, "engine", ENGINES)
+        require_words(self, {"engine": ENGINES})
         if not self.rewards:
             raise UserError("rewards is empty: name at least one (rl-lvr rewards list shows them).")
         super().__post_init__()

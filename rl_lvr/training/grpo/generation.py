@@ -147,13 +147,14 @@ class Generator:
         rules = dict.fromkeys(RULES, "keep")
         if self._metrics.training and isinstance(self._config.on_rollout, dict):
             rules = self._config.on_rollout
-        found, problem = sort_rollouts(rollouts, self.engine.markers, rules)
+        kinds, excluded, problem = sort_rollouts(rollouts, self.engine.markers, rules)
         agree(problem)
-        *counts, total = concatenated(torch.tensor([[*map(found.count, RULES), len(rollouts)]])).sum(0).tolist()
+        mine = [sum(kind in row for row in kinds) for kind in RULES]
+        *counts, total = concatenated(torch.tensor([[*mine, len(rollouts)]])).sum(0).tolist()
         for kind, count in zip(RULES, counts, strict=True):
             name = f"rollouts/excluded_{kind}" if rules[kind] == "exclude" else f"rollouts/{kind}"
             self._metrics.add(name, count / total)
-        return found.excluded
+        return excluded
 
     def _times_before(self, step: int) -> int:
         """How often rollouts were made at this step before: a step may take several generation batches."""

@@ -6,8 +6,7 @@ without images, which processors do not take in one call, are processed apart an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,21 +16,6 @@ from torch import Tensor
 from rl_lvr.models import Family, family_of
 
 _SHOWN = ("prompt", "image", "images")
-
-
-@contextmanager
-def processed_once(trainer: Any, family: Family, rows: Sequence[dict[str, Any]]) -> Iterator[None]:
-    """While `trainer` prepares `rows`, its processor sees only the first of neighbours that show the same."""
-    processor = trainer.processing_class
-    sources: list[int] = []
-    for number, row in enumerate(rows):
-        repeats = number > 0 and all(same(row.get(name), rows[number - 1].get(name)) for name in _SHOWN)
-        sources.append(sources[-1] if repeats else number)
-    trainer.processing_class = _OncePerPrompt(processor, family, sources)
-    try:
-        yield
-    finally:
-        trainer.processing_class = processor
 
 
 def with_image_lists(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -63,12 +47,16 @@ def same(one: Any, other: Any) -> bool:
     return isinstance(one, str | int | float | bytes | Image) and bool(one == other)
 
 
-class _OncePerPrompt:
-    """A processor in whose calls row i of the batch is answered with row `sources[i]`."""
+class OncePerPrompt:
+    """The processor of a batch: of neighbouring rows that show the same it sees the first, and answers for all."""
 
-    def __init__(self, processor: Any, family: Family, sources: Sequence[int]) -> None:
-        self._processor, self._family, self._sources = processor, family, sources
-        self._firsts = sorted(set(sources))
+    def __init__(self, processor: Any, family: Family, rows: Sequence[Mapping[str, Any]]) -> None:
+        self._processor, self._family = processor, family
+        self._sources: list[int] = []
+        for number, row in enumerate(rows):
+            repeats = number > 0 and all(same(row.get(name), rows[number - 1].get(name)) for name in _SHOWN)
+            self._sources.append(self._sources[-1] if repeats else number)
+        self._firsts = sorted(set(self._sources))
         self._last: tuple[Any, Any, Any] | None = None
 
     def __getattr__(self, name: str) -> Any:

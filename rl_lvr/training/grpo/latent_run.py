@@ -17,15 +17,13 @@ from rl_lvr.rollout.hf import HFRolloutEngine
 from rl_lvr.rollout.types import Capability, RolloutEngine, Sampling
 from rl_lvr.signals import SignalSpec
 from rl_lvr.training.grpo.checks import dropout_of
-from rl_lvr.training.grpo.columns import require_columns, rolls_out_again
 from rl_lvr.training.grpo.engines import refuse_length
 from rl_lvr.training.grpo.filtering import drops_idle
 from rl_lvr.training.grpo.generation import Generator, check_engine_of
 from rl_lvr.training.grpo.policies import LatentPolicy, policy_of
 from rl_lvr.training.grpo.recording import Recorder
 from rl_lvr.training.grpo.scoring import FedModel
-from rl_lvr.training.grpo.timing import StepEnds
-from rl_lvr.training.rewards.load import require_whole_groups
+from rl_lvr.training.rewards.load import NECESSITY, require_whole_groups
 from rl_lvr.training.runs.arguments import fit_reference
 from rl_lvr.wrapping import sharded, unwrapped
 
@@ -63,24 +61,14 @@ class LatentRun:
         scores: bool,
     ) -> FedModel:
         """Return `model` for a pass that is fed `latents`; `scores` if it is the scoring pass."""
-        return FedModel(
-            model,
-            latents,
-            start,
-            self.markers,
-            temperature,
-            recompute=self.policy.latents if self.policy.recomputes and not scores else None,
-            means=scores or self.policy.has_loss,
-            signals=self.signals if scores else (),
-            images_per_row=images_per_row,
-        )
+        policy, signals = (None, self.signals) if scores else (self.policy, ())
+        return FedModel(model, latents, start, self.markers, temperature, policy, signals, images_per_row)
 
 
 def latent_run(trainer: LatentGRPOTrainer, latent_format: LatentFormat, engine: RolloutEngine | None) -> LatentRun:
     """Return the parts for a trainer whose model and processor are there."""
     config, markers, tokenizer = trainer.args, trainer.markers, trainer._tokenizer
     assert markers is not None
-    require_columns(trainer.specs)
     require_whole_groups(trainer.specs, config)
     policy = policy_of(config)
     policy.check_dropout(*dropout_of(trainer.model))
@@ -94,11 +82,11 @@ def latent_run(trainer: LatentGRPOTrainer, latent_format: LatentFormat, engine: 
     if isinstance(engine, HFRolloutEngine):
         refuse_length(config, "hf")
     check_engine_of(engine, markers, config, policy, sharded=sharded(trainer.model))
-    again = rolls_out_again(trainer.specs)
+    again = any(name in NECESSITY for spec in trainer.specs for name in spec.takes)
     if again and Capability.INTERVENTIONS not in engine.capabilities:
         raise UserError(
-            f"the engine {type(engine).__name__} cannot leave latents out, which a reward that takes "
-            "a reward of necessity needs: use the engine hf or vllm, or leave the reward out."
+            f"the engine {type(engine).__name__} cannot leave latents out, which a reward of necessity needs: use "
+            "the engine hf or vllm, or leave the reward out."
         )
     sampling = Sampling(
         max_tokens=config.max_completion_length,
@@ -121,7 +109,7 @@ def latent_run(trainer: LatentGRPOTrainer, latent_format: LatentFormat, engine: 
         drops_idle=drops_idle(config, router_loss=trainer.aux_loss_enabled),
         corrects=config.vllm_importance_sampling_correction,
     )
-    trainer.add_callback(StepEnds(trainer.timing))
+    trainer.add_callback(trainer.timing)
     # TRL then scores every generation batch at once and corrects for the engine's log-probs, as for vLLM's. An object
     # of ours as `vllm_generation` could not take the place of `_generate_single_turn`: TRL hands it images, and not
     # what the processor made of them.

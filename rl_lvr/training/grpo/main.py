@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback
 from trl import ModelConfig
 
 from rl_lvr import quiet
@@ -20,7 +20,6 @@ from rl_lvr.errors import UserError
 from rl_lvr.latents.format import LatentFormat
 from rl_lvr.signals import parse_signals
 from rl_lvr.training.grpo.checks import check_settings, refuse_latents
-from rl_lvr.training.grpo.columns import require_columns
 from rl_lvr.training.grpo.config import WITHOUT_EFFECT, GRPORecipe
 from rl_lvr.training.grpo.engines import check_engine, make_engine
 from rl_lvr.training.grpo.policies import policy_of
@@ -36,7 +35,7 @@ from rl_lvr.training.runs.prepare import (
     make_encoder,
     questions_of,
 )
-from rl_lvr.training.runs.settings import freeze_vision, read_eval_file
+from rl_lvr.training.runs.settings import read_eval_file
 
 
 def train_grpo(config: GRPORecipe, model_config: ModelConfig, given: dict[str, Any], recipe: Path | None) -> int:
@@ -54,9 +53,7 @@ def train_grpo(config: GRPORecipe, model_config: ModelConfig, given: dict[str, A
     _check_plan(config, specs, start.latent_format, encoder)
     judge = _judge(encoder, specs, config)
     _check_files(config, encoder, judge)
-    set_seed(config.seed)  # new tokens and projectors are drawn here, before TRL sets the seed
     model = load_start(start, config, model_config, encoder)
-    freeze_vision(encoder.family, model, tower=config.freeze_vision_tower, merger=config.freeze_merger)
     train = prompt_rows(load_records(config.train_file, config.train_limit), judge.meta)
     evaluation = questions = None
     if (file := read_eval_file(config)) is not None:
@@ -89,7 +86,7 @@ def train_grpo(config: GRPORecipe, model_config: ModelConfig, given: dict[str, A
             processing_class=encoder.processor,
             engine=engine,
             callbacks=callbacks,
-            peft_config=adapter_of(model_config, model, encoder.family, encoder.markers),
+            peft_config=adapter_of(model_config, model, encoder.family),
         )
 
     with nullcontext() if engine is None else closing(engine):
@@ -99,7 +96,6 @@ def train_grpo(config: GRPORecipe, model_config: ModelConfig, given: dict[str, A
 def _check_plan(config: GRPORecipe, specs: list[RewardSpec], chosen: LatentFormat | None, encoder: Encoder) -> None:
     """What the trainer would refuse, before weights are read."""
     if chosen is not None:
-        require_columns(specs)
         check_settings(config, chosen, encoder.family.hidden_size)
         check_engine(config.engine, cast("dict[str, Any] | None", config.engine_options), config)
         return

@@ -15,8 +15,8 @@ from rl_lvr.answers import text_of
 from rl_lvr.data.images import SOURCE
 from rl_lvr.latents.format import FormatIds
 from rl_lvr.latents.text import completion_text
-from rl_lvr.rollout.record import FOLDER, RecordedRollout, RolloutLog, recorded
-from rl_lvr.rollout.types import latent_batch
+from rl_lvr.rollout.record import FOLDER, RolloutLog, recorded
+from rl_lvr.rollout.types import Rollout, latent_batch
 from rl_lvr.training.grpo.batch import GenerationBatch
 from rl_lvr.training.grpo.config import LatentGRPOConfig
 from rl_lvr.training.runs.metrics import Metrics
@@ -63,43 +63,33 @@ class Recorder:
             self._metrics.add_mean(f"signal/{name}", sum(known), len(known))
         if not (self._config.record_rollouts and self._metrics.training):
             return
-        said = list(zip(prompts, completions, strict=True))
-        rows = _records(batch, said, rewards, groups, names, self._tokenizer, self._markers)
+        rows = [
+            recorded(
+                rollout,
+                self._tokenizer,
+                self._markers,
+                prompt=_without_images(prompts[row]),
+                completion=completions[row],
+                text=self._text_unless(completions[row], rollout),
+                group=groups[row],
+                answer=_text(batch.rows[row].get("answer")),
+                category=_text(batch.rows[row].get("category")),
+                rewards={
+                    name: None if math.isnan(value) else value for name, value in zip(names, rewards[row], strict=True)
+                },
+                signals={name: column.values[row] for name, column in batch.columns.items()},
+                images=_paths(batch.rows[row]),
+                columns={name: value for name, value in batch.rows[row].items() if name not in _TAKEN and _plain(value)}
+                | {name: values[row] for name, values in batch.made.items()},
+            )
+            for row, rollout in enumerate(batch.rollouts)
+        ]
         self._log.append(step, rows, latent_batch(batch.rollouts))
 
-
-def _records(
-    batch: GenerationBatch,
-    said: Sequence[tuple[Any, Any]],
-    rewards: Sequence[Sequence[float]],
-    groups: Sequence[int],
-    names: Sequence[str],
-    tokenizer: Any,
-    markers: FormatIds,
-) -> list[RecordedRollout]:
-    """What is known about each rollout. `said`: prompt and completion as rewards see them; `rewards` [B][R], NaN where
-    not scored."""
-    return [
-        recorded(
-            rollout,
-            tokenizer,
-            markers,
-            prompt=_without_images(said[row][0]),
-            completion=said[row][1],
-            text=_unless_said(said[row][1], completion_text(rollout.completion_ids, tokenizer, markers)),
-            group=groups[row],
-            answer=_text(batch.rows[row].get("answer")),
-            category=_text(batch.rows[row].get("category")),
-            rewards={
-                name: None if math.isnan(value) else value for name, value in zip(names, rewards[row], strict=True)
-            },
-            signals={name: column.values[row] for name, column in batch.columns.items()},
-            images=_paths(batch.rows[row]),
-            columns={name: value for name, value in batch.rows[row].items() if name not in _TAKEN and _plain(value)}
-            | {name: values[row] for name, values in batch.made.items()},
-        )
-        for row, rollout in enumerate(batch.rollouts)
-    ]
+    def _text_unless(self, completion: Any, rollout: Rollout) -> str | None:
+        """The text of a rollout, if a completion as rewards see it does not say it already."""
+        text = completion_text(rollout.completion_ids, self._tokenizer, self._markers)
+        return None if text_of(completion) == text else text
 
 
 def _without_images(prompt: Any) -> Any:
@@ -115,11 +105,6 @@ def _without_images(prompt: Any) -> Any:
         }
         for message in prompt
     ]
-
-
-def _unless_said(completion: Any, text: str) -> str | None:
-    """The text, if a completion as rewards see it does not say it already."""
-    return None if text_of(completion) == text else text
 
 
 def _text(value: Any) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from rl_lvr.errors import UserError
 from rl_lvr.latents.format import FormatIds
@@ -51,19 +50,10 @@ def kinds_of(rollout: Rollout, markers: FormatIds) -> list[str]:
     return [kind for kind in RULES if found[kind]]
 
 
-@dataclass(frozen=True)
-class Sorted:
-    """The rollouts of one process."""
-
-    kinds: list[list[str]]
-    excluded: list[bool]
-
-    def count(self, kind: str) -> int:
-        return sum(kind in kinds for kinds in self.kinds)
-
-
-def sort_rollouts(rollouts: Sequence[Rollout], markers: FormatIds, rules: dict[str, str]) -> tuple[Sorted, str | None]:
-    """What is kept and what is left out; and, where a rule says stop, the reason."""
+def sort_rollouts(
+    rollouts: Sequence[Rollout], markers: FormatIds, rules: dict[str, str]
+) -> tuple[list[list[str]], list[bool], str | None]:
+    """The kinds of each rollout, which of them are left out, and why to stop where a rule says so."""
     kinds = [kinds_of(rollout, markers) for rollout in rollouts]
     excluded = [any(rules[kind] == "exclude" for kind in row) for row in kinds]
     stops = [(row, kind) for row, found in enumerate(kinds) for kind in found if rules[kind] == "stop"]
@@ -71,4 +61,4 @@ def sort_rollouts(rollouts: Sequence[Rollout], markers: FormatIds, rules: dict[s
     if stops:
         row, kind = stops[0]
         problem = f"completion {row} is {kind}, and on_rollout says stop for {len(stops)} of {len(kinds)} completions"
-    return Sorted(kinds, excluded), problem
+    return kinds, excluded, problem

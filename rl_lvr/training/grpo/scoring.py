@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rl_lvr.forward.batch import ReplayBatch
+from rl_lvr.forward.batch import ReplayBatch, states_before
 from rl_lvr.forward.inject import inject
 from rl_lvr.latents.batch import LatentBatch
-from rl_lvr.latents.feedback import NAME as FEEDBACK
-from rl_lvr.latents.feedback import feedback
 from rl_lvr.latents.format import FormatIds
 from rl_lvr.models import family_of
 from rl_lvr.rollout.sampling import end_or_not
 from rl_lvr.signals import Column, SignalSpec, measure
 from rl_lvr.training.grpo.inputs import without_empty_images
-from rl_lvr.training.grpo.policies import PassInputs
+from rl_lvr.training.grpo.policies import LatentPolicy, PassInputs
 from rl_lvr.wrapping import sharded, unwrapped
 
 _OUT = -1e4
 """Added to a logit, it makes the probability exactly 0 in every precision and leaves the entropy finite."""
+
+
+@dataclass(frozen=True)
+class _Head:
+    """What TRL's fused head reads of the output embeddings."""
+
+    weight: Any
+    bias: Tensor
 
 
 class FedModel:
@@ -32,8 +38,8 @@ class FedModel:
 
     The log-probs are those of the distribution that engines draw from, at TRL's temperature:
 
-    - Ids that no engine draws (`markers.never_sampled`) are out of the softmax. TRL's fused head reads `head.bias` on
-      every call, so a bias of -1e4 there takes them out, in its entropy too.
+    - Ids that no engine draws (`markers.never_sampled`) are out of the softmax. TRL's fused head asks the model for its
+      output embeddings on every call; in here it is told of a bias of -1e4 for them, which counts in its entropy too.
     - SLOT and END have no log-prob of their own: they are forced, and 0. In `free` length they are one decision, END
       against anything else; its log-prob and entropy come from the full logits of those few positions.
 
@@ -47,20 +53,20 @@ class FedModel:
         start: int,
         markers: FormatIds,
         temperature: float,
-        *,
-        recompute: Callable[[LatentBatch, PassInputs], LatentBatch] | None = None,
-        means: bool = True,
+        policy: LatentPolicy | None = None,
         signals: Sequence[SignalSpec] = (),
         images_per_row: Sequence[int] | None = None,
     ) -> None:
         """`latents` of all rows, positions in the padded ids, whose completions begin at `start`.
 
-        `recompute` returns what is fed instead of them (`LatentPolicy.latents`).
+        A policy or reference pass is made as `policy` says. A scoring pass has none, and finds the means of latents.
         """
         self._images_per_row = images_per_row
         self._model, self._markers, self._temperature = model, markers, temperature
         self._latents, self._start = latents, start
-        self._recompute, self._wants_means, self._signals = recompute, means, signals
+        self._recompute = policy.latents if policy is not None and policy.recomputes else None
+        self._wants_means = policy is None or policy.has_loss
+        self._signals = signals
         self._family = family_of(model)
         self._next = 0
         self._means: list[Tensor] = []
@@ -100,17 +106,19 @@ class FedModel:
                 # A process whose rows hold no latent has to take part in the backward passes of the others'.
                 self._tie = 0.0 * fed.values.sum()
             latents = fed
-        seen: list[Tensor] = []
         output: Any = None
 
         def run() -> Tensor:
             nonlocal output
-            with inject(self._model, latents, self._markers), self._head(input_ids, labels, latents, seen) as finish:
-                output = self._model(
-                    input_ids=input_ids, attention_mask=attention_mask, labels=self._scored(labels), **inputs
-                )
+            with self._means_before(latents) as made, inject(self._model, latents, self._markers):
+                with self._head(input_ids, labels) as finish:
+                    output = self._model(
+                        input_ids=input_ids, attention_mask=attention_mask, labels=self._scored(labels), **inputs
+                    )
                 finish(output)
-            return seen[0]
+            hidden, means = made[0]
+            self._means.append(means)
+            return hidden.detach()
 
         if self._signals:
             completion = torch.zeros_like(attention_mask, dtype=torch.bool)
@@ -129,32 +137,26 @@ class FedModel:
         written = labels == self._markers.slot
         return written if self._markers.end is None else written | (labels == self._markers.end)
 
+    def _means_before(self, latents: LatentBatch) -> AbstractContextManager[list[tuple[Tensor, Tensor]]]:
+        """Collects states, and f(h) before the latents of completions; before none if nobody wants that."""
+        own = own_latents(latents, self._start) & self._wants_means
+        return states_before(self._model, own.nonzero(as_tuple=True)[0], latents.positions[own])
+
     @contextmanager
-    def _head(self, ids: Tensor, labels: Tensor, latents: LatentBatch, seen: list[Tensor]) -> Iterator[Any]:
-        """Between the model's core and its head: states are collected there, and the ban is put on the head."""
-        markers, head = self._markers, self._family.head(self._model)
+    def _head(self, ids: Tensor, labels: Tensor) -> Iterator[Any]:
+        """Between the model's core and its head: what is decided there; the head that is asked for has the ban."""
+        markers, head, base = self._markers, self._family.head(self._model), unwrapped(self._model)
         pairs: list[Tensor] = []
         decided = self._written(labels).nonzero(as_tuple=True)
         free = markers.format.length == "free" and markers.end is not None
-        own = own_latents(latents, self._start)
-        rows = own.nonzero(as_tuple=True)[0]
-        places = latents.positions[own]
 
         def between(module: nn.Module, args: Any, output: Any) -> Any:
             hidden = output.last_hidden_state
-            seen.append(hidden.detach())
-            if self._wants_means:
-                mean = feedback(self._model, hidden[rows, places - 1])
-                self._means.append(mean)
-                if hasattr(unwrapped(self._model), FEEDBACK):
-                    # Ties the map to the forward: DDP sees its parameters used, ZeRO-3 gathers them in order.
-                    hidden = output.last_hidden_state = hidden + 0.0 * mean.sum()
             if self._tie is not None:
                 hidden = output.last_hidden_state = hidden + self._tie
             if free:  # also where nothing was decided: under ZeRO-3 all processes use the head alike
                 raw = head(hidden[decided[0], decided[1] - 1]).float()
                 pairs.append((end_or_not(raw, int(markers.end or 0)) / self._temperature).log_softmax(-1))
-            head.__dict__["bias"] = self._ban(head)
             return output
 
         def finish(output: Any) -> None:
@@ -169,14 +171,15 @@ class FedModel:
                 output.entropy = output.entropy.index_put(where, entropy.to(output.entropy.dtype))
 
         handle = self._family.core(self._model).register_forward_hook(between)
+        base.get_output_embeddings = lambda: _Head(head.weight, self._banning_bias(head))
         try:
             yield finish
         finally:
             handle.remove()
-            head.__dict__.pop("bias", None)  # what the module itself holds is seen again
+            del base.get_output_embeddings  # of this object; its class has one
 
-    def _ban(self, head: Any) -> Tensor:
-        """The head's bias with the ban on it. Laid over the attribute: the module's parameters stay as they are."""
+    def _banning_bias(self, head: Any) -> Tensor:
+        """The head's own bias, and `_OUT` for what is never drawn."""
         width = self._family.config.get_text_config().vocab_size
         ban: Any = torch.zeros(width, device=head.weight.device, dtype=head.weight.dtype)
         ban[list(self._markers.never_sampled)] = _OUT

@@ -87,7 +87,7 @@ def _high_water() -> int:
     return int(line.split()[1]) * 1024
 
 
-class Timing:
+class Timing(TrainerCallback):
     """The phases of a trainer's steps. Figures are those of the first process.
 
     TRL's `profiling_context` measures seconds alone, and hands them to W&B and MLflow, not to the log.
@@ -113,23 +113,15 @@ class Timing:
         flops = forward_flops(self._text_config, attention_mask.sum(1).tolist(), positions)
         self.phases.work(name, flops * (1 + BACKWARD) if name == "loss" else flops)
 
-    def note_step(self) -> None:
+    # ---- the optimizer's step is the loop's own, and only callbacks see it (DeepSpeed's engine steps within backward)
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self.phases.begin()
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self.phases.end("optimizer")
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
         """Hand the step's figures to the log."""
         for name, value in self.phases.flush(self.peak_flops).items():
             self._metrics.add(name, value)
-
-
-class StepEnds(TrainerCallback):
-    """The optimizer's step is the loop's own, and only callbacks see it. (DeepSpeed's engine steps within backward.)"""
-
-    def __init__(self, timing: Timing) -> None:
-        self._timing = timing
-
-    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        self._timing.phases.begin()
-
-    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        self._timing.phases.end("optimizer")
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self._timing.note_step()

@@ -21,6 +21,7 @@ from trl.models.utils import unwrap_model_for_generation
 from rl_lvr.agreement import concatenated
 from rl_lvr.forward.batch import evaluating
 from rl_lvr.latents.format import FormatIds, LatentFormat
+from rl_lvr.latents.text import completion_text
 from rl_lvr.models import family_of
 from rl_lvr.rollout.hf import HFRolloutEngine
 from rl_lvr.rollout.record import FOLDER, drop_from
@@ -28,30 +29,18 @@ from rl_lvr.rollout.types import RolloutEngine
 from rl_lvr.signals import parse_signals
 from rl_lvr.training.grpo.batch import GenerationBatch, PolicyPass
 from rl_lvr.training.grpo.checks import Checks, check_settings, refuse_control_tokens, refuse_latents
-from rl_lvr.training.grpo.columns import (
-    read_completions,
-    reward_columns,
-    texts_of,
-    with_columns,
-)
+from rl_lvr.training.grpo.columns import read_completions, reward_columns, with_columns
 from rl_lvr.training.grpo.config import ARGUMENTS_WITH_LATENTS, LatentGRPOConfig
 from rl_lvr.training.grpo.filtering import Idle, level_rows
-from rl_lvr.training.grpo.inputs import WithoutEmptyImages, processed_once, with_image_lists
+from rl_lvr.training.grpo.inputs import OncePerPrompt, WithoutEmptyImages, with_image_lists
 from rl_lvr.training.grpo.latent_run import LatentRun, latent_run
 from rl_lvr.training.grpo.loss import latent_term
 from rl_lvr.training.grpo.resuming import Place, Reference
 from rl_lvr.training.grpo.rewarding import Rewards
 from rl_lvr.training.grpo.timing import Timing
 from rl_lvr.training.rewards.load import signals_of
-from rl_lvr.training.rewards.models import specs_of, text_for_models
-from rl_lvr.training.runs.arguments import (
-    STORED,
-    config_of,
-    format_of,
-    loaded,
-    name_of,
-    refuse_arguments,
-)
+from rl_lvr.training.rewards.models import readers, specs_of
+from rl_lvr.training.runs.arguments import STORED, config_of, format_of, loaded, name_of, refuse_arguments
 from rl_lvr.training.runs.resuming import Resumable
 from rl_lvr.training.runs.settings import WITH_FORMAT
 from rl_lvr.training.runs.trl_hooks import GRPO_HOOKS, check_trl
@@ -67,6 +56,9 @@ class LatentGRPOTrainer(Resumable, GRPOTrainer):
 
     args: LatentGRPOConfig
     reward_funcs: list[Any]
+    reward_processing_classes: list[Any]
+    batch: GenerationBatch | None = None
+    """While TRL makes, scores or trains on one."""
 
     def __init__(
         self,
@@ -139,10 +131,9 @@ class LatentGRPOTrainer(Resumable, GRPOTrainer):
             rollout_func=rollout_func,
             environment_factory=environment_factory,
         )
-        self.batch: GenerationBatch | None = None
-        """While TRL makes, scores or trains on one."""
         self.rewards = Rewards(self.specs, config, self.metrics, self.stopping)
         self.reward_funcs = self.rewards.watched(self.reward_funcs)  # TRL has added those of environments
+        self.reward_processing_classes = readers(self.reward_processing_classes)
         self.rewards.weigh(self.reward_weights, self.state.global_step)
         self.idle = Idle(config.max_idle_steps)
         self.place = Place(self)
@@ -152,6 +143,16 @@ class LatentGRPOTrainer(Resumable, GRPOTrainer):
         if config.sync_ref_model:
             self.parts.append(Reference(self))
         self.run = None if chosen is None else latent_run(self, chosen, engine)
+
+    @property
+    def processing_class(self) -> Any:
+        """The processor; while TRL makes a batch, that of the batch."""
+        made = None if self.batch is None else self.batch.processor
+        return self._processor if made is None else made
+
+    @processing_class.setter
+    def processing_class(self, processor: Any) -> None:
+        self._processor = processor
 
     @property
     def engine(self) -> RolloutEngine:
@@ -188,15 +189,16 @@ class LatentGRPOTrainer(Resumable, GRPOTrainer):
 
     def _without_latents(self, batch: GenerationBatch, shown: list[dict[str, Any]]) -> dict[str, Any]:
         kinds = {bool(row["images"]) for row in shown if "images" in row}
-        with processed_once(self, family_of(self.model), shown) if len(kinds) > 1 else nullcontext():
-            output = super()._generate_and_score_completions(shown if False in kinds else batch.rows)
+        if len(kinds) > 1:
+            batch.processor = OncePerPrompt(self.processing_class, family_of(self.model), shown)
+        output = super()._generate_and_score_completions(shown if False in kinds else batch.rows)
         self.checks.check_ratio(output, with_latents=False)
         return output
 
     def _with_latents(self, batch: GenerationBatch, shown: list[dict[str, Any]], run: LatentRun) -> dict[str, Any]:
         refuse_control_tokens(shown, run.control)
-        with processed_once(self, self.family, shown):
-            output = super()._generate_and_score_completions(shown)
+        batch.processor = OncePerPrompt(self.processing_class, self.family, shown)
+        output = super()._generate_and_score_completions(shown)
         output |= batch.tensors(with_means=run.policy.has_loss)
         self.checks.check_ratio(output, with_latents=True)
         if not run.corrects:
@@ -333,8 +335,9 @@ class LatentGRPOTrainer(Resumable, GRPOTrainer):
                 with self._generating():
                     run.generator.fill_again(batch, self.state.global_step)
             rows = with_columns(rows, reward_columns(self.specs, batch, run.markers, groups, self._tokenizer))
-        with self.timing("reward") if run is not None else nullcontext(), text_for_models(self):
-            rows = self.rewards.with_texts(rows, texts_of(completion_ids_list, self._tokenizer, self.markers))
+        with self.timing("reward") if run is not None else nullcontext():
+            texts = [completion_text(ids, self._tokenizer, self.markers) for ids in completion_ids_list]
+            rows = self.rewards.with_texts(rows, texts)
             rewards = super()._calculate_rewards(rows, prompts, completions, completion_ids_list)
             given = {"prompts": prompts[0], "completions": completions[0], "completion_ids": completion_ids_list[0]}
             names = self.reward_func_names

@@ -6,19 +6,15 @@ import json
 import math
 import operator
 import re
-import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any, ClassVar
 
-import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rl_lvr import progress
-from rl_lvr.agreement import largest
 from rl_lvr.errors import UserError
 from rl_lvr.evaluation.accuracy import AnswerSet
 from rl_lvr.latents.interventions import Intervention
@@ -39,16 +35,9 @@ class MetricsFile(TrainerCallback):
             partial.write_text("".join(kept), encoding="utf-8")
             partial.replace(self.path)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        if state.is_world_process_zero and logs:
-            row = {"step": state.global_step, **logs, "seconds": round(time.monotonic() - self.began, 3)}
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        if state.is_world_process_zero and more["logs"]:
+            row = {"step": state.global_step, **more["logs"], "seconds": round(time.monotonic() - self.began, 3)}
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
@@ -104,17 +93,10 @@ class Progress(TrainerCallback):
         if self.bar is not None:
             self.bar.advance(1, **self.figures)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         for key in self.SHOWN:
-            if logs and key in logs:
-                self.figures[key.rpartition("/")[2]] = logs[key]
+            if key in more["logs"]:
+                self.figures[key.rpartition("/")[2]] = more["logs"][key]
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.close()
@@ -144,15 +126,8 @@ class StopAt(TrainerCallback):
         if not math.isfinite(self.bound):
             raise UserError(f"stop_at is {rule!r}: {found[3]} is not finite.")
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        logs = logs or {}
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        logs = more["logs"]
         if "loss" in logs and self.metric not in logs and not self.metric.startswith(("eval_", "latent/", "signal/")):
             raise UserError(f"stop_at names {self.metric!r}, which is not logged; there are {', '.join(sorted(logs))}.")
         value = logs.get(self.metric)

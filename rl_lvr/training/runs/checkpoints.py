@@ -11,11 +11,10 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
 
 from rl_lvr.errors import UserError
 from rl_lvr.latents.format import LatentFormat

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
@@ -14,14 +14,18 @@ from trl import ModelConfig
 
 from rl_lvr.data.encoding import Encoder
 from rl_lvr.errors import Fault, UserError
-from rl_lvr.finite import first_not_finite
 from rl_lvr.evaluation.accuracy import AnswerSet
+from rl_lvr.finite import first_not_finite
 from rl_lvr.rollout.hf import HFRolloutEngine
 from rl_lvr.training.runs.callbacks import LatentAccuracy, MetricsFile, Progress, StopAt
-from rl_lvr.training.runs.stopping import Interrupt
 from rl_lvr.training.runs.card import card_of
 from rl_lvr.training.runs.folder import clear_run, write_run
 from rl_lvr.training.runs.prepare import Start
+from rl_lvr.training.runs.stopping import Interrupt
+
+if TYPE_CHECKING:
+    from rl_lvr.training.runs.resuming import Resumable
+    from rl_lvr.training.runs.settings import RunConfig
 
 
 @dataclass(frozen=True)
@@ -29,14 +33,14 @@ class Run:
     """What was asked for."""
 
     verb: str
-    config: Any
+    config: RunConfig
     model_config: ModelConfig
     given: dict[str, Any]
     start: Start
 
 
 def execute(
-    run: Run, build: Callable[[list[TrainerCallback]], Any], encoder: Encoder, questions: AnswerSet | None
+    run: Run, build: Callable[[list[TrainerCallback]], Resumable], encoder: Encoder, questions: AnswerSet | None
 ) -> int:
     """Train, and return the exit code. `build` makes the trainer with the callbacks that it is given."""
     config = run.config
@@ -70,7 +74,7 @@ def execute(
     return _finish(trainer, interrupt)
 
 
-def _finish(trainer: Any, interrupt: Interrupt) -> int:
+def _finish(trainer: Resumable, interrupt: Interrupt) -> int:
     step, last = trainer.state.global_step, trainer.state.max_steps
     speaks = trainer.is_world_process_zero()
     if interrupt.received is not None and step < last:
@@ -87,7 +91,7 @@ def _finish(trainer: Any, interrupt: Interrupt) -> int:
     return 0
 
 
-def _save_merged(trainer: Any) -> str:
+def _save_merged(trainer: Resumable) -> str:
     """Beside an adapter, write the model with the adapter in it: what engines and evaluation load. Returns its folder.
 
     Nothing may be trained afterwards. DeepSpeed and FSDP hold parts of the weights elsewhere: there it is left out.

@@ -10,11 +10,12 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
 from torch import nn
+from transformers import set_seed
 from trl import ModelConfig, get_peft_config
 
 from rl_lvr.data.check import Judge, Report, require_valid
@@ -22,15 +23,24 @@ from rl_lvr.data.encoding import Encoded, Encoder
 from rl_lvr.data.records import Records
 from rl_lvr.errors import UserError
 from rl_lvr.evaluation.accuracy import AnswerSet
-from rl_lvr.latents.feedback import NAME as FEEDBACK
 from rl_lvr.latents.feedback import attach_feedback
-from rl_lvr.latents.format import FormatIds, LatentFormat
+from rl_lvr.latents.format import LatentFormat
 from rl_lvr.models import Family, load_processor, load_weights
 from rl_lvr.models.loading import checkpoint_folder
 from rl_lvr.training.runs.callbacks import StopAt
 from rl_lvr.training.runs.checkpoints import require_format
 from rl_lvr.training.runs.folder import open_run
-from rl_lvr.training.runs.settings import OF_ADAPTERS, RUN_WITHOUT_LATENTS, WITHOUT_FORMAT, evaluates, refuse_unused
+from rl_lvr.training.runs.settings import (
+    OF_ADAPTERS,
+    RUN_WITHOUT_LATENTS,
+    WITHOUT_FORMAT,
+    evaluates,
+    freeze_vision,
+    refuse_unused,
+)
+
+if TYPE_CHECKING:
+    from rl_lvr.training.runs.settings import RunConfig
 
 _log = logging.getLogger(__name__)
 GATHER = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
@@ -48,7 +58,7 @@ class Start:
 
 
 def check_start(
-    config: Any, model_config: ModelConfig, given: Mapping[str, Any], without_effect: Mapping[str, str]
+    config: RunConfig, model_config: ModelConfig, given: Mapping[str, Any], without_effect: Mapping[str, str]
 ) -> Start:
     """What can be refused before anything is read: the model's path, the checkpoint to resume from, the format."""
     path = model_config.model_name_or_path
@@ -83,26 +93,24 @@ def check_start(
     return Start(path, checkpoint, chosen)
 
 
-def sharding_of(config: Any) -> Any:
+def sharding_of(config: RunConfig) -> Any:
     """The DeepSpeed config if it is one of ZeRO-3, which spreads the weights over the processes."""
     plugin = config.deepspeed_plugin
     return plugin.hf_ds_config if plugin is not None and plugin.hf_ds_config.is_zero3() else None
 
 
-def make_encoder(start: Start, config: Any) -> Encoder:
+def make_encoder(start: Start, config: RunConfig) -> Encoder:
     """The encoder of the model's processor and of the run's format."""
     family, processor = load_processor(start.path, trust_remote_code=config.trust_remote_code)
     markers = None
     if start.latent_format is not None:
-        tokenizer = getattr(processor, "tokenizer", processor)
         if config.add_marker_tokens:
-            start.latent_format.add_tokens(tokenizer)
-        start.latent_format.require_room(int(family.config.get_text_config().max_position_embeddings))
-        markers = start.latent_format.bind(tokenizer, family.placeholder_ids(tokenizer))
+            start.latent_format.add_tokens(getattr(processor, "tokenizer", processor))
+        markers = family.bind(start.latent_format, processor)
     return Encoder(processor, family, markers, crops=config.oracle == "crop")
 
 
-def check_files(config: Any, judges: Mapping[str, Judge], trained: Sequence[str]) -> dict[str, Report]:
+def check_files(config: RunConfig, judges: Mapping[str, Judge], trained: Sequence[str]) -> dict[str, Report]:
     """The reports of the data files, which hold nothing that this run could not use. `trained`: those of its steps."""
     reports = {file: require_valid(file, judge=judge) for file, judge in judges.items()}
     for file in trained:
@@ -114,8 +122,9 @@ def check_files(config: Any, judges: Mapping[str, Judge], trained: Sequence[str]
     return reports
 
 
-def load_start(start: Start, config: Any, model_config: ModelConfig, encoder: Encoder) -> Any:
-    """The model with its feedback map, in the precision of the recipe."""
+def load_start(start: Start, config: RunConfig, model_config: ModelConfig, encoder: Encoder) -> Any:
+    """The model with its feedback map, in the precision of the recipe, and frozen as that says."""
+    set_seed(config.seed)  # new tokens and projectors are drawn here, before TRL sets the seed
     dtype = model_config.dtype or "float32"
     model = load_weights(
         start.path,
@@ -127,10 +136,11 @@ def load_start(start: Start, config: Any, model_config: ModelConfig, encoder: En
         if config.add_marker_tokens and len(encoder.tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(encoder.tokenizer))
         attach_feedback(model, encoder.markers.format, start.path)
+    freeze_vision(encoder.family, model, tower=config.freeze_vision_tower, merger=config.freeze_merger)
     return model
 
 
-def questions_of(records: Records, encoded: Sequence[Encoded], encoder: Encoder, config: Any) -> AnswerSet:
+def questions_of(records: Records, encoded: Sequence[Encoded], encoder: Encoder, config: RunConfig) -> AnswerSet:
     """The records of eval_file that are answered under interventions during training."""
     if encoder.markers is None:
         raise UserError("latent_eval_steps is set but latent_format is none: there are no latents to intervene on.")
@@ -154,8 +164,8 @@ def questions_of(records: Records, encoded: Sequence[Encoded], encoder: Encoder,
     return AnswerSet(rows, answers, encoder.family, encoder.tokenizer, config.latent_eval_batch)
 
 
-def adapter_of(model_config: ModelConfig, model: nn.Module, family: Family, markers: FormatIds | None) -> Any:
-    """TRL's adapter config, kept off the vision parts; the feedback map is trained whole beside the adapter.
+def adapter_of(model_config: ModelConfig, model: nn.Module, family: Family) -> Any:
+    """TRL's adapter config, kept off the vision parts.
 
     Without target modules it takes all linear layers of the text model, which leaves the output head out.
     """
@@ -173,8 +183,6 @@ def adapter_of(model_config: ModelConfig, model: nn.Module, family: Family, mark
     frozen = {id(module) for part in family.vision_parts(model).values() for module in part}
     names = [name for name, module in model.named_modules() if id(module) in frozen]
     peft_config.exclude_modules = "|".join(rf"{name.replace('.', chr(92) + '.')}(\..*)?" for name in names)
-    if markers is not None and hasattr(model, FEEDBACK):
-        peft_config.modules_to_save = [*(peft_config.modules_to_save or []), FEEDBACK]
     return peft_config
 
 

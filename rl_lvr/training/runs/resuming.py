@@ -23,9 +23,7 @@ from rl_lvr.finite import first_not_finite
 from rl_lvr.latents.feedback import NAME as FEEDBACK
 from rl_lvr.latents.feedback import restore_feedback
 from rl_lvr.latents.format import FormatIds
-from rl_lvr.wrapping import unwrapped
 from rl_lvr.models import load_weights
-from rl_lvr.training.runs.stopping import Abandoned
 from rl_lvr.training.runs.card import card_of
 from rl_lvr.training.runs.checkpoints import (
     PARTIAL,
@@ -41,7 +39,8 @@ from rl_lvr.training.runs.checkpoints import (
 from rl_lvr.training.runs.folder import run_held
 from rl_lvr.training.runs.metrics import Metrics
 from rl_lvr.training.runs.moments import Moment, Part, set_random_states
-from rl_lvr.training.runs.stopping import Stopping
+from rl_lvr.training.runs.stopping import Abandoned, Stopping
+from rl_lvr.wrapping import unwrapped
 
 
 class Resumable(Trainer):
@@ -76,13 +75,10 @@ class Resumable(Trainer):
             self._saved_step = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
         try:
             return super().train(checkpoint, *args, **more)
-        except Abandoned:
-            self._keep_last_step()
-            self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
-            self.is_in_train = False
-            return TrainOutput(self.state.global_step, float("nan"), {})
-        except _DoneError:
-            if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+        except (Abandoned, _DoneError) as ended:
+            if isinstance(ended, Abandoned):
+                self._keep_last_step()
+            elif self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
                 self._load_best_model()
             self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
             self.is_in_train = False
@@ -373,14 +369,10 @@ class _Boundaries(TrainerCallback):
                 "at learning_rate and the settings of its schedule."
             )
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         self.trainer.stopping.moment = None
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         when = f"after the update of step {state.global_step + 1} of {state.max_steps}"
         self.trainer.require_finite_weights(when, f"{_LOWER}, and go on from an earlier checkpoint", trained=True)
 

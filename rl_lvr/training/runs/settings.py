@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
+from transformers import TrainingArguments
 
 from rl_lvr.errors import UserError, near_miss
 from rl_lvr.latents.format import LatentFormat, choose_format
@@ -79,19 +80,13 @@ ARGUMENTS_ON_LATENTS = {"quantization_config": "the engine's latents would diffe
 
 
 @dataclass
-class Defaults:
-    """Settings of TRL whose default is another one here."""
+class TrainerSettings:
+    """Settings of every trainer: TRL's with another default, and what is added to them. Named before TRL's config."""
 
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade time for memory."})
     bf16: bool | None = field(
         default=None, metadata={"help": "Mixed precision in bfloat16. Default: yes on a GPU, no on a CPU."}
     )
-
-
-@dataclass
-class LossSettings:
-    """What a trainer does about a loss that is not finite."""
-
     on_nan_loss: str = field(
         default="stop",
         metadata={
@@ -99,10 +94,21 @@ class LossSettings:
             "skip this update."
         },
     )
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    """Words of a trainer's own settings, beside `CHOICES`."""
 
-    def check_faults(self) -> None:
-        if self.on_nan_loss not in ("stop", "skip"):
-            raise UserError(f"on_nan_loss is {self.on_nan_loss!r}; choose stop or skip.")
+    def __post_init__(self) -> None:
+        self.check()
+        if not torch.cuda.is_available():  # transformers would take a GPU's defaults
+            self.dataloader_pin_memory = False
+            self.bf16 = bool(self.bf16)
+        parent: Any = super()
+        parent.__post_init__()
+
+    def check(self) -> None:
+        """Refuse what cannot be in the settings that are added to TRL's."""
+        require_finite_settings(self)
+        require_words(self, {**CHOICES, **self.choices})
 
 
 @dataclass
@@ -172,24 +178,30 @@ class RunSettings:
         return None
 
 
-def evaluates(config: Any) -> bool:
+if TYPE_CHECKING:
+
+    class RunConfig(RunSettings, TrainingArguments):
+        """The settings of any verb that trains."""
+
+
+def evaluates(config: RunConfig) -> bool:
     """Whether anything reads eval_file."""
     return bool(config.latent_eval_steps) or config.eval_strategy != "no"
 
 
-def read_eval_file(config: Any) -> str | None:
+def read_eval_file(config: RunConfig) -> str | None:
     """eval_file, if anything reads it."""
     file: str | None = config.eval_file
     return file if evaluates(config) else None
 
 
-def check_run(config: Any) -> None:
+def check_run(config: RunConfig) -> None:
     """Refuse what cannot be in the settings of `RunSettings`, and settle what follows from them."""
     if not config.output_dir:
         raise UserError("output_dir is missing: name the folder of this run.")
     if not config.train_file:
         raise UserError("train_file is missing: name the records to train on.")
-    require_choice(config, "oracle", ("tokens", "crop"))
+    require_words(config, {"oracle": ("tokens", "crop")})
     for name in config.latent_eval_conditions:
         if name not in EVAL_CONDITIONS:
             raise UserError(f"latent_eval_conditions holds {name!r}; choose from {', '.join(EVAL_CONDITIONS)}.")
@@ -221,14 +233,6 @@ def freeze_vision(family: Family, model: nn.Module, *, tower: bool = True, merge
             parameter.requires_grad_(not frozen)
 
 
-def settle_device(config: Any) -> None:
-    """What is right on a machine without a GPU, where transformers would take a GPU's defaults."""
-    if not torch.cuda.is_available():
-        config.dataloader_pin_memory = False
-        if config.bf16 is None:
-            config.bf16 = False
-
-
 def require_at_least(config: Any, least: int, *names: str) -> None:
     """Refuse smaller numbers; None passes."""
     for name in names:
@@ -240,9 +244,10 @@ def require_at_least(config: Any, least: int, *names: str) -> None:
 CHOICES: dict[str, tuple[Any, ...]] = {
     "log_level": ("detail", "debug", "info", "warning", "error", "critical", "passive"),
     "log_level_replica": ("detail", "debug", "info", "warning", "error", "critical", "passive"),
+    "on_nan_loss": ("stop", "skip"),
     "torch_compile_mode": (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
 }
-"""Words that transformers takes without a look and trips over later. TRL's stand beside its configs."""
+"""Of settings that every trainer has: words that transformers takes without a look and trips over later, and ours."""
 
 
 def require_words(config: Any, choices: Mapping[str, tuple[Any, ...]]) -> None:
@@ -271,9 +276,3 @@ def _require_finite(name: str, value: Any) -> None:
     elif isinstance(value, list | tuple):
         for index, entry in enumerate(value):
             _require_finite(f"{name}[{index}]", entry)
-
-
-def require_choice(config: Any, name: str, allowed: tuple[str, ...]) -> None:
-    """Refuse anything but the words `allowed`."""
-    if getattr(config, name) not in allowed:
-        raise UserError(f"{name} is {getattr(config, name)!r}; choose {' or '.join(allowed)}.")

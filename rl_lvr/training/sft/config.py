@@ -10,19 +10,7 @@ from trl import SFTConfig
 from rl_lvr.errors import UserError
 from rl_lvr.forward.objectives import parse_objective
 from rl_lvr.training.runs import settings
-from rl_lvr.training.runs.settings import (
-    CHOICES,
-    Defaults,
-    LossSettings,
-    RunSettings,
-    check_run,
-    refuse_unused,
-    require_at_least,
-    require_choice,
-    require_finite_settings,
-    require_words,
-    settle_device,
-)
+from rl_lvr.training.runs.settings import RunSettings, TrainerSettings, check_run, refuse_unused, require_at_least
 
 LOSSES = ("nll", "dft", "chunked_nll")
 """Of TRL."""
@@ -80,7 +68,7 @@ WITHOUT_EFFECT = settings.WITHOUT_EFFECT | WITH_RECORDS | {"prediction_loss_only
 
 
 @dataclass
-class LatentSFTConfig(LossSettings, Defaults, SFTConfig):
+class LatentSFTConfig(TrainerSettings, SFTConfig):
     """The settings of `LatentSFTTrainer`. All of TRL's `SFTConfig` are settings of it as well."""
 
     max_length: int | None = field(
@@ -111,17 +99,10 @@ class LatentSFTConfig(LossSettings, Defaults, SFTConfig):
         default=1.0, metadata={"help": "Fraction of training at which that ramp is complete."}
     )
 
-    def __post_init__(self) -> None:
-        self.check()
-        settle_device(self)
-        super().__post_init__()
+    choices = {"loss_type": LOSSES, "latent_weight_schedule": SCHEDULES}  # noqa: RUF012, as in its base
 
     def check(self) -> None:
-        """Refuse what cannot be in the settings that are added to TRL's."""
-        require_finite_settings(self)
-        self.check_faults()
-        require_words(self, CHOICES | {"loss_type": LOSSES})
-        require_choice(self, "latent_weight_schedule", SCHEDULES)
+        super().check()
         for name in ("own_latents", "own_latents_start", "own_latents_end"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be between 0 and 1.")

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback
 from trl import ModelConfig
 
 from rl_lvr import quiet
@@ -25,7 +25,7 @@ from rl_lvr.training.runs.prepare import (
     make_encoder,
     questions_of,
 )
-from rl_lvr.training.runs.settings import WITHOUT_FORMAT, freeze_vision, read_eval_file, refuse_unused
+from rl_lvr.training.runs.settings import WITHOUT_FORMAT, read_eval_file, refuse_unused
 from rl_lvr.training.sft.config import WITHOUT_EFFECT, WITHOUT_LATENTS, SFTRecipe
 from rl_lvr.training.sft.trainer import LatentSFTTrainer
 
@@ -40,9 +40,7 @@ def train_sft(config: SFTRecipe, model_config: ModelConfig, given: dict[str, Any
         torch.set_num_threads(config.threads)
     encoder = make_encoder(start, config)
     checked = _checked(config, encoder)
-    set_seed(config.seed)  # new tokens and projectors are drawn here, before TRL sets the seed
     model = load_start(start, config, model_config, encoder)
-    freeze_vision(encoder.family, model, tower=config.freeze_vision_tower, merger=config.freeze_merger)
     with config.main_process_first(desc="processing records"):
         records = load_records(config.train_file, config.train_limit)
         train = _encoded(records, encoder, config, checked[config.train_file])
@@ -63,7 +61,7 @@ def train_sft(config: SFTRecipe, model_config: ModelConfig, given: dict[str, Any
             processing_class=encoder.processor,
             latent_format=start.latent_format,
             callbacks=callbacks,
-            peft_config=adapter_of(model_config, model, encoder.family, encoder.markers),
+            peft_config=adapter_of(model_config, model, encoder.family),
         )
 
     return execute(Run("sft", config, model_config, given, start), build, encoder, questions)

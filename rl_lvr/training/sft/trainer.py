@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,26 +18,18 @@ from transformers import TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from rl_lvr.agreement import largest
-from rl_lvr.data.encoding import Collator, Encoded, Encoder, LazyEncoded, TargetBatch
+from rl_lvr.data.encoding import IGNORED, Collator, Encoded, Encoder, LazyEncoded, TargetBatch
 from rl_lvr.data.records import Records
 from rl_lvr.data.targets import target_vectors
 from rl_lvr.errors import UserError
-from rl_lvr.forward.batch import evaluating
+from rl_lvr.forward.batch import ReplayBatch, evaluating, forward_hidden, states_before
 from rl_lvr.forward.inject import inject
 from rl_lvr.forward.objectives import LatentPairs, latent_objective, moving_targets
 from rl_lvr.latents.batch import LatentBatch
-from rl_lvr.latents.feedback import NAME as FEEDBACK
 from rl_lvr.latents.feedback import feedback
 from rl_lvr.latents.format import FormatIds, LatentFormat
 from rl_lvr.latents.spans import span_masks
-from rl_lvr.training.runs.arguments import (
-    STORED,
-    config_of,
-    format_of,
-    loaded,
-    name_of,
-    refuse_arguments,
-)
+from rl_lvr.training.runs.arguments import STORED, config_of, format_of, loaded, name_of, refuse_arguments
 from rl_lvr.training.runs.moments import Moment, Part
 from rl_lvr.training.runs.resuming import Resumable
 from rl_lvr.training.runs.settings import ON_LATENTS, WITH_FORMAT, WITHOUT_FORMAT, refuse_unused
@@ -50,7 +41,6 @@ from rl_lvr.training.sft.config import (
     WITHOUT_LATENTS,
     LatentSFTConfig,
 )
-from rl_lvr.wrapping import unwrapped
 
 
 class LatentSFTTrainer(Resumable, SFTTrainer):
@@ -156,7 +146,6 @@ class LatentSFTTrainer(Resumable, SFTTrainer):
             **arguments,
         )
         self.parts.append(_Tokens(self))
-        self._has_feedback = hasattr(unwrapped(self.model), FEEDBACK)
         if self.markers is not None and self.is_world_process_zero():
             warning = moving_targets(config, self.family.vision_parameters(self.model))
             if warning is not None:
@@ -183,7 +172,7 @@ class LatentSFTTrainer(Resumable, SFTTrainer):
             return self._checked_loss(super().compute_loss(model, inputs, False, num_items_in_batch))
 
         latents, vectors, tokens = self._latents(inputs, self.markers, images, targets)
-        with self._predictions(targets) as made, inject(model, latents, self.markers):
+        with states_before(self.model, targets.rows, targets.positions) as made, inject(model, latents, self.markers):
             loss = super().compute_loss(model, inputs, False, num_items_in_batch)
         hidden, predicted = made[0]
         extra, parts = latent_objective(
@@ -250,37 +239,15 @@ class LatentSFTTrainer(Resumable, SFTTrainer):
         self, inputs: dict[str, Any], markers: FormatIds, rows: Tensor, places: Tensor, values: Tensor, own: Tensor
     ) -> Tensor:
         """`values` [N, H] at `places` [N] of `rows` [N]; where `own` [N], what one forward pass predicts there."""
-        arguments = {key: value for key, value in inputs.items() if key not in ("labels", "use_cache")}
-        latents = LatentBatch.from_flat(rows, places, values, len(inputs["input_ids"]))
-        with evaluating(self.model), self.accelerator.autocast(), inject(self.model, latents, markers):
-            hidden = self.family.core(self.model)(**arguments, use_cache=False).last_hidden_state
+        ids, mask, learned = inputs["input_ids"], inputs["attention_mask"], inputs["labels"] != IGNORED
+        images = {key: inputs[key] for key in self.family.image_keys if key in inputs}
+        batch = ReplayBatch(ids, mask, learned, LatentBatch.from_flat(rows, places, values, len(ids)), images)
+        with evaluating(self.model), self.accelerator.autocast():
+            hidden = forward_hidden(self.model, batch, markers)
             predicted = feedback(self.model, hidden[rows, places - 1]).to(values.dtype)
         return torch.where(own[:, None], predicted, values)
 
     # ---- the objective's inputs
-
-    @contextmanager
-    def _predictions(self, targets: TargetBatch) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        """Collects the final hidden states [B, T, H] of the forward inside, and f of those before the targets [L, H].
-
-        TRL's fused head hides the states. The feedback map runs inside the forward, and its result is tied to it by a
-        zero, so that DDP sees its parameters used and ZeRO-3 gathers them in order.
-        """
-        made: list[tuple[Tensor, Tensor]] = []
-
-        def collect(module: nn.Module, args: Any, output: Any) -> Any:
-            hidden = output.last_hidden_state
-            predicted = feedback(self.model, hidden[targets.rows, targets.positions - 1])
-            made.append((hidden, predicted))
-            if self._has_feedback:
-                output.last_hidden_state = hidden + 0.0 * predicted.sum()
-            return output
-
-        handle = self.family.core(self.model).register_forward_hook(collect)
-        try:
-            yield made
-        finally:
-            handle.remove()
 
     def _pairs(
         self, hidden: Tensor, predicted: Tensor, vectors: Tensor, tokens: Tensor, targets: TargetBatch, ids: Tensor
