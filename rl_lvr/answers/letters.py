@@ -1,4 +1,8 @@
-"""Which option of a multiple choice a text names: conservative, for a letter read where none was meant is a reward."""
+"""Which option of a multiple choice a text names: conservative, for a letter read where none was meant is a reward.
+
+math-verify's own extraction of letters reads 246 of the 561 phrasings in tests/unit/answers_cases.py otherwise than
+they are meant, 71 of them as right.
+"""
 
 from __future__ import annotations
 
