@@ -85,7 +85,8 @@ def test_the_process_that_relaunches_has_not_imported_torch() -> None:
 )
 def test_the_exit_code_is_that_of_the_processes(tmp_path: Path, ending: str, code: int) -> None:
     script = tmp_path / "script.py"
-    script.write_text(f"import os, sys\nprint('rank', os.environ['RANK'], *sys.argv[1:])\n{ending}\n")
+    said = "' '.join(['rank', os.environ['RANK'], *sys.argv[1:]]) + os.linesep"
+    script.write_text(f"import os, sys\nos.write(1, ({said}).encode())\n{ending}\n")  # at once: they share a pipe
     words = ["--config_file", str(CONFIGS / "ddp.yaml"), "--num_processes", "2", str(script), "--x", "1"]
     done = subprocess.run([sys.executable, "-m", "rl_lvr.accelerated", *words], capture_output=True, text=True)
     assert done.returncode == code, done.stderr
