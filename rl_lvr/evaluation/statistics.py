@@ -162,9 +162,8 @@ def sign_flip(sums: ArrayLike, seed: int = 0) -> float:
     Whole numbers are enumerated (the distribution of their sum, cluster by cluster); others are drawn `FLIPS`
     times, the observed one counted among them.
     """
-    values = np.abs(np.asarray(sums, dtype=float))
-    observed = abs(float(np.sum(np.asarray(sums, dtype=float))))
-    values = values[values > 0]
+    given = np.asarray(sums, dtype=float)
+    observed, values = abs(float(given.sum())), np.abs(given[given != 0])
     if not len(values):
         return 1.0
     total = int(values.sum()) if np.all(values == np.round(values)) else None

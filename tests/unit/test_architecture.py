@@ -35,13 +35,11 @@ def modules(package: Path = PACKAGE) -> dict[str, Path]:
 
 
 def imports(path: Path, known: dict[str, Path]) -> set[str]:
-    """Modules of the package that a file imports, also within functions, but for the sake of types alone."""
+    """Modules of the package that a file imports, also within functions and for the sake of types."""
     found: set[str] = set()
 
     def visit(node: ast.AST) -> None:
         for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
-                continue
             if isinstance(child, ast.ImportFrom) and child.module is not None:
                 names = (f"{child.module}.{alias.name}" for alias in child.names)
                 found.update(name if name in known else child.module for name in names)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,13 +15,10 @@ from rl_lvr.errors import UserError, near_miss
 from rl_lvr.latents.format import LatentFormat
 from rl_lvr.rollout.sleeping import Sleeper
 from rl_lvr.rollout.types import RolloutEngine
+from rl_lvr.training.grpo.config import ENGINES, LatentGRPOConfig
 from rl_lvr.training.runs.arguments import refuse_other_vocabulary
 
-if TYPE_CHECKING:
-    from rl_lvr.training.grpo.config import LatentGRPOConfig
-
 _log = logging.getLogger(__name__)
-ENGINES = ("hf", "vllm", "server")
 VLLM_OPTIONS = ("max_model_len", "max_num_seqs", "max_latents", "dtype", "gpu_memory_utilization", "engine_args")
 SERVER_OPTIONS = ("url", "weights_folder", "concurrency", "timeout")
 MOST_ROWS = 256

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import nn
+from trl import GRPOTrainer
 
 from rl_lvr.errors import UserError
 from rl_lvr.latents.batch import LatentBatch
@@ -26,9 +26,6 @@ from rl_lvr.training.grpo.scoring import FedModel
 from rl_lvr.training.rewards.load import NECESSITY, require_whole_groups
 from rl_lvr.training.runs.arguments import fit_reference
 from rl_lvr.wrapping import sharded, unwrapped
-
-if TYPE_CHECKING:
-    from rl_lvr.training.grpo.trainer import LatentGRPOTrainer
 
 
 @dataclass
@@ -65,7 +62,7 @@ class LatentRun:
         return FedModel(model, latents, start, self.markers, temperature, policy, signals, images_per_row)
 
 
-def latent_run(trainer: LatentGRPOTrainer, latent_format: LatentFormat, engine: RolloutEngine | None) -> LatentRun:
+def latent_run(trainer: GRPOTrainer, latent_format: LatentFormat, engine: RolloutEngine | None) -> LatentRun:
     """Return the parts for a trainer whose model and processor are there."""
     config, markers, tokenizer = trainer.args, trainer.markers, trainer._tokenizer
     assert markers is not None

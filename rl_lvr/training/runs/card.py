@@ -6,17 +6,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
+from transformers import Trainer
 
 from rl_lvr.latents.format import LatentFormat
 from rl_lvr.training.runs.folder import versions
 from rl_lvr.training.runs.settings import RunSettings
-
-if TYPE_CHECKING:
-    from rl_lvr.training.runs.resuming import Resumable
 
 FILE = "README.md"
 TAGS = ("generated_from_trainer", "rl-lvr")
@@ -149,7 +146,7 @@ class Card:
         return "\n".join(lines)
 
 
-def card_of(trainer: Resumable, name: str | None = None, data: str | None = None, tags: Sequence[str] = ()) -> Card:
+def card_of(trainer: Trainer, name: str | None = None, data: str | None = None, tags: Sequence[str] = ()) -> Card:
     """The card of what a trainer saves. `name` of the run, `data` on the hub, and `tags` are those of TRL's own."""
     model, args = trainer.model, trainer.args
     file = args.train_file if isinstance(args, RunSettings) else ""

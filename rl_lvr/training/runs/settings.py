@@ -90,7 +90,7 @@ class TrainerSettings:
     on_nan_loss: str = field(
         default="stop",
         metadata={
-            "help": "A loss or gradient norm that is no finite number: stop, with a checkpoint of the step before, or "
+            "help": "A loss or gradient norm that is not finite: stop, with a checkpoint of the step before, or "
             "skip this update."
         },
     )

@@ -25,8 +25,8 @@ class Interrupt(TrainerCallback):
 
     A step that has not come to its update is given up: in one process at once, in several where all of them agree. In
     evaluation, and where half the parameters would be updated, a signal is only noted, and acted on after it. Launchers
-    pass on the signals that they and their group receive, so a process may hear one twice: SIGTERM counts once, and a
-    second Ctrl-C only if it is not the echo of the first.
+    forward the signals that they and their group receive, so a process may receive one twice: SIGTERM counts once, and
+    a second Ctrl-C only if it is not the echo of the first.
     """
 
     ECHO = 2.0

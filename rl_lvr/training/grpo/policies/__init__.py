@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, cast
+from typing import cast
+
+from trl import GRPOConfig
 
 from rl_lvr.errors import UserError, exits_refused, near_miss
 from rl_lvr.plugins import Kind, find, installed
@@ -15,9 +17,6 @@ from rl_lvr.training.grpo.policies.spherical import Spherical
 from rl_lvr.training.grpo.policies.unrolled import Unrolled
 from rl_lvr.training.rewards.options import with_options
 from rl_lvr.training.runs.settings import refuse_unused
-
-if TYPE_CHECKING:
-    from rl_lvr.training.grpo.config import LatentGRPOConfig
 
 __all__ = ["LatentActions", "LatentLoss", "LatentPolicy", "PassInputs", "policy_of"]
 
@@ -30,7 +29,7 @@ BUILT_IN: dict[str, type[LatentPolicy]] = {
 POLICY = Kind("latent_policy", "rl_lvr.latent_policies", thing="Class")
 
 
-def policy_of(config: LatentGRPOConfig) -> LatentPolicy:
+def policy_of(config: GRPOConfig) -> LatentPolicy:
     """Return the policy that the settings name, built with its options and checked against the other settings."""
     what = f"latent_policy {config.latent_policy!r}"
     options = config.latent_policy_options or {}

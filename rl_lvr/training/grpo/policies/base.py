@@ -7,18 +7,16 @@ A policy of your own is a subclass. A recipe names it by an entry point of the g
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
+from trl import GRPOConfig
 
 from rl_lvr.errors import UserError
 from rl_lvr.latents.batch import LatentBatch
 from rl_lvr.latents.density import Law
 from rl_lvr.latents.format import FormatIds, LatentFormat
 from rl_lvr.rollout.types import Capability, Sampling
-
-if TYPE_CHECKING:
-    from rl_lvr.training.grpo.config import LatentGRPOConfig
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ class LatentPolicy:
     has_gradient: ClassVar[bool] = True
     """Whether the loss depends on latents through parameters. A feedback map is frozen where it does not."""
 
-    def __init__(self, config: LatentGRPOConfig) -> None:
+    def __init__(self, config: GRPOConfig) -> None:
         self.config = config
         self.name = config.latent_policy
 
