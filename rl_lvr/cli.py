@@ -15,7 +15,7 @@ from rl_lvr import __version__, quiet
 from rl_lvr.accelerated import group_ended
 from rl_lvr.errors import UserError
 
-VERBS = ("sft", "grpo", "generate", "rewards", "rollouts", "serve", "data", "lab", "doctor")
+VERBS = ("sft", "grpo", "generate", "evaluate", "rewards", "rollouts", "serve", "data", "lab", "doctor")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -9,10 +9,11 @@ from typing import Any
 
 import cpu_runtime_env  # noqa: F401 - before all others
 import pytest
-from helpers import WORDS
+from helpers import FAMILIES, WORDS
 from hypothesis import HealthCheck, settings
 
-from rl_lvr.lab.tiny import FAMILIES, TinySpec, build_tiny
+from rl_lvr.lab.tiny import build_tiny
+from rl_lvr.models import TinySpec
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts what it puts in the background that way, and the commands under test would inherit it.
@@ -40,11 +41,12 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
 @pytest.fixture(scope="session")
 def load_tiny(tiny_folder: Callable[..., Path]) -> Callable[..., tuple[Any, Any]]:
     """`load_tiny(family, **changes)`: a fresh (model, processor), fp32, in evaluation mode."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    import torch
+
+    from rl_lvr.models import load_model
 
     def load(family: str, **changes: Any) -> tuple[Any, Any]:
-        folder = tiny_folder(family, **changes)
-        return AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+        return load_model(tiny_folder(family, **changes), dtype=torch.float32)
 
     return load
 

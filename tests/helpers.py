@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision")
+"""Model types of the families with images that rl_lvr brings."""
 WORDS = ("red", "green", "blue", "yellow", "from", "hops", "what", "is", "next", "1", "2", "3")
 
 

@@ -179,6 +179,7 @@ def _question(args: argparse.Namespace, format_: LatentFormat, family: Any, proc
 
 def _requests(args: argparse.Namespace, engine: Any, record: Record, encoder: Encoder) -> list[Any]:
     """The question, once for each answer that is wanted."""
+    from rl_lvr.evaluation.conditions import filler_id
     from rl_lvr.latents.interventions import Intervention
     from rl_lvr.rollout.types import Request
 
@@ -190,7 +191,7 @@ def _requests(args: argparse.Namespace, engine: Any, record: Record, encoder: En
         vectors = _vectors(args)
     elif args.oracle_box:
         vectors = _oracle(args, engine, images, record.images[0].size())
-    filler = _filler(args.filler, engine.tokenizer) if kind is Intervention.PLAIN_TOKENS else None
+    filler = filler_id(args.filler, engine.tokenizer) if kind is Intervention.PLAIN_TOKENS else None
     return [
         Request(
             ids,
@@ -207,8 +208,8 @@ def _requests(args: argparse.Namespace, engine: Any, record: Record, encoder: En
 
 
 def _vectors(args: argparse.Namespace) -> Any:
+    from rl_lvr.evaluation.conditions import mean_latents
     from rl_lvr.latents.batch import LatentBatch
-    from rl_lvr.rollout.conditions import mean_latents
 
     batch = LatentBatch.load(args.vectors)
     rows = [batch.row(i)[0] for i in range(len(batch))]
@@ -234,13 +235,6 @@ def _oracle(args: argparse.Namespace, engine: Any, images: dict[str, Any], size:
     inputs = batch_images(family, engine.model, [images])
     features = family.image_features(engine.model, inputs)[0]
     return box_oracle(features, family.token_grid(inputs)[0], boxes, engine.format.k).cpu()
-
-
-def _filler(text: str, tokenizer: Any) -> int:
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    if len(ids) != 1:
-        raise UserError(f"--filler {text!r} is {len(ids)} tokens: choose a text of exactly one.")
-    return ids[0]
 
 
 # ---- what came out

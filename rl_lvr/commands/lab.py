@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rl_lvr.lab.config import LabConfig
-    from rl_lvr.latents.interventions import Intervention
 
-HELP = "build a tiny model from scratch, measure it, and run the demo"
+HELP = "build a tiny model from scratch, and run experiments on it"
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 POLICIES = ("context", "unrolled", "gaussian", "spherical")
 
@@ -28,22 +27,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     build.add_argument("--layers", type=int, default=3, help="text layers")
     build.add_argument("--hidden", type=int, default=128, help="width of the text model")
     build.add_argument("--seed", type=int, default=0)
-
-    measure = verbs.add_parser("evaluate", help="accuracy of a checkpoint under interventions on its latents")
-    measure.add_argument("model", help="checkpoint folder")
-    measure.add_argument("--data", required=True, help="records with answers")
-    measure.add_argument("--conditions", default="own,zeros,noise,swap", help="interventions, separated by commas")
-    measure.add_argument(
-        "--signals", default="", help="signals to measure on its own latents, separated by commas (docs/signals.md)"
-    )
-    measure.add_argument("--format", help="latent format, for a checkpoint that was trained without one")
-    measure.add_argument("--limit", type=int, help="only the first records")
-    measure.add_argument("--batch", type=int, default=128, help="rows decoded together")
-    measure.add_argument("--max-tokens", type=int, default=64, help="longest completion")
-    measure.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    measure.add_argument("--seed", type=int, default=0)
-    measure.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
-    measure.add_argument("--out", help="write the accuracies as JSON; every answer goes beside it as JSONL")
 
     demo = verbs.add_parser("demo", help="a model whose latents carry the answer and one whose latents are idle")
     _experiment(demo, "runs/demo")
@@ -68,7 +51,7 @@ def _experiment(verb: argparse.ArgumentParser, out: str) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run one experiment."""
-    return {"build": _build, "evaluate": _evaluate, "demo": _demo, "grpo": _grpo}[arguments.lab](arguments)
+    return {"build": _build, "demo": _demo, "grpo": _grpo}[arguments.lab](arguments)
 
 
 def _build(arguments: argparse.Namespace) -> int:
@@ -85,69 +68,6 @@ def _build(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
     )
     print(folder)
-    return 0
-
-
-def _evaluate(arguments: argparse.Namespace) -> int:
-    from rl_lvr.errors import UserError
-    from rl_lvr.latents.interventions import Intervention
-    from rl_lvr.locking import file_held
-
-    names = {c.value for c in Intervention}
-    conditions = []
-    for name in (part.strip() for part in arguments.conditions.split(",")):
-        if name not in names:
-            raise UserError(f"no condition {name!r}; choose from {', '.join(sorted(names))}.")
-        conditions.append(Intervention(name))
-    out = Path(arguments.out) if arguments.out else None
-    if arguments.batch < 1:
-        raise UserError(f"--batch is {arguments.batch}; it must be at least 1.")
-    if out is None:
-        return _measure(arguments, conditions, out)
-    if out.suffix != ".json" or not out.parent.is_dir():
-        raise UserError(f"--out is {out}; name a .json file in a folder that exists.")
-    with file_held(out.with_name(f".{out.name}.lock"), "rl-lvr lab evaluate", f"--out {out}"):
-        if out.exists():
-            raise UserError(f"{out} exists: choose another file for --out, or delete it first.")
-        return _measure(arguments, conditions, out)
-
-
-def _measure(arguments: argparse.Namespace, conditions: Sequence[Intervention], out: Path | None) -> int:
-    import json
-
-    import torch
-
-    from rl_lvr import quiet
-    from rl_lvr.evaluation.evaluate import evaluate
-    from rl_lvr.rollout.types import Sampling
-
-    quiet.transformers()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    found = evaluate(
-        arguments.model,
-        arguments.data,
-        conditions,
-        format_name=arguments.format,
-        limit=arguments.limit,
-        batch_size=arguments.batch,
-        sampling=Sampling(max_tokens=arguments.max_tokens, temperature=arguments.temperature, seed=arguments.seed),
-        signals=[name.strip() for name in arguments.signals.split(",") if name.strip()],
-    )
-    summary = found.summary()
-    if out is not None:
-        with out.with_suffix(".jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in found.rows())
-        out.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    for condition in (condition.value for condition in conditions):
-        figure = summary[condition]
-        if figure is None:
-            print(f"{condition:14} {found.undefined[condition]}")
-        else:
-            print(f"{condition:14} {figure:.4f}   unreadable {summary['unreadable'][condition]:.4f}")
-    for name, mean in found.measures.items():
-        print(f"{name:14} {'-' if mean is None else format(mean, '.4f')}")
-    print(f"{'records':14} {summary['n']}")
     return 0
 
 

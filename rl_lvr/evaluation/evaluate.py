@@ -1,127 +1,179 @@
-"""A checkpoint on a file of records, under interventions: accuracies, every answer, and signals of its own latents."""
+"""A plan's answers, judged and written down call by call; signals of the own latents; figures over all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from rl_lvr.answers import Verdict
-from rl_lvr.data.check import require_valid
-from rl_lvr.data.encoding import Encoder
-from rl_lvr.data.records import load_records
 from rl_lvr.errors import UserError
-from rl_lvr.evaluation.accuracy import AnswerSet, Scored
-from rl_lvr.latents.feedback import attach_feedback
-from rl_lvr.latents.format import LatentFormat, choose_format
+from rl_lvr.evaluation.plan import Answered, Item, Plan
+from rl_lvr.evaluation.questions import Question
+from rl_lvr.evaluation.report import OWN, summarise
+from rl_lvr.evaluation.rows import AnswerFile, Row, Rule
+from rl_lvr.latents.format import FormatIds
 from rl_lvr.latents.interventions import Intervention
-from rl_lvr.models import load_processor, load_weights
-from rl_lvr.models.loading import checkpoint_folder
-from rl_lvr.progress import track
-from rl_lvr.rollout.hf import HFRolloutEngine
+from rl_lvr.latents.text import completion_text
+from rl_lvr.progress import task
 from rl_lvr.rollout.replay import replay_batch
-from rl_lvr.rollout.types import Sampling
-from rl_lvr.signals import measure, parse_signals
+from rl_lvr.rollout.types import RolloutEngine
+from rl_lvr.signals import SignalSpec, between_samples, measure, pooled
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """Accuracy per condition over the same records."""
+class Judge:
+    """From a completion to its row."""
 
-    records: list[str]
-    answers: list[str]
-    scored: dict[str, Scored]
-    undefined: dict[str, str]
-    """Conditions without a figure, and why."""
-    signals: dict[str, float | None]
-    """Means over the completions with own latents that have a value; None if none has."""
+    tokenizer: Any
+    markers: FormatIds
+    rule: Rule
 
-    @property
-    def measures(self) -> dict[str, float | None]:
-        """The signals, and with own latents their `collapse` (paper C, `rl_lvr.signals.between_samples`)."""
-        own = self.scored.get(Intervention.OWN.value)
-        if own is None:
-            return dict(self.signals)
-        collapse = own.collapse
-        return {**self.signals, "collapse": None if collapse is None else collapse.cosine}
+    def row(
+        self, questions: Sequence[Question], answered: Answered, signals: dict[str, float | None] | None = None
+    ) -> Row:
+        question = questions[answered.item.question]
+        text = completion_text(answered.rollout.completion_ids, self.tokenizer, self.markers).strip()
+        extracted, right, rule = self.rule.judge(text, question.answer)
+        return Row(
+            id=question.id,
+            condition=answered.item.condition.name,
+            answer=question.answer,
+            text=text,
+            extracted=extracted,
+            right=right,
+            rule=rule,
+            latents=len(answered.latents),
+            cluster=question.id if question.cluster is None else question.cluster,
+            category=question.category,
+            seed=answered.rollout.seed,
+            donor=None if answered.donor is None else questions[answered.donor].id,
+            signals=signals or {},
+        )
 
-    def summary(self) -> dict[str, Any]:
-        """Accuracies by condition, null where there is none, how many records they stand on, `measures`, and by
-        condition the share of unreadable answers."""
-        found = {name: s.accuracy for name, s in self.scored.items()}
-        unreadable = {"unreadable": {name: s.unreadable for name, s in self.scored.items()}}
-        return {"n": len(self.records), **found, **dict.fromkeys(self.undefined), **self.measures, **unreadable}
 
-    def rows(self) -> list[dict[str, Any]]:
-        """One row per record and condition."""
-        return [
-            {
-                "id": record,
-                "condition": name,
-                "answer": answer,
-                "text": text,
-                "right": verdict is Verdict.RIGHT,
-                "verdict": verdict.value,
-            }
-            for name, s in self.scored.items()
-            for record, answer, text, verdict in zip(self.records, self.answers, s.texts, s.verdicts, strict=True)
-        ]
+@dataclass(frozen=True)
+class Signals:
+    """What is measured on own latents, and the model that it is measured with."""
+
+    specs: Sequence[SignalSpec]
+    model: nn.Module
+    markers: FormatIds
+    batch_size: int
+
+    def measure(self, answered: Sequence[Answered]) -> list[dict[str, float | None]]:
+        """By name, for each answer; None where it has nothing to measure."""
+        found: list[dict[str, float | None]] = []
+        for start in range(0, len(answered), self.batch_size):
+            rows = answered[start : start + self.batch_size]
+            batch = replay_batch(self.model, [a.rollout for a in rows], [a.request.images for a in rows])
+            columns = measure(self.model, batch, self.markers, self.specs).columns
+            for row in range(len(rows)):
+                named = {name: (column.values[row], column.counts[row]) for name, column in columns.items()}
+                found.append(
+                    {n: float(v) if count and isinstance(v, float) else None for n, (v, count) in named.items()}
+                )
+        return found
 
 
 def evaluate(
-    model_path: str,
-    data_file: str,
-    conditions: Sequence[Intervention],
-    *,
-    format_name: str | None = None,
-    limit: int | None = None,
-    batch_size: int = 128,
-    sampling: Sampling | None = None,
-    signals: Sequence[str | Mapping[str, Any]] = (),
-) -> Evaluation:
-    """Answer the records of `data_file` with the model under each condition, and measure `signals` on own latents.
+    engine: RolloutEngine, plan: Plan, judge: Judge, file: AnswerFile, *, signals: Signals | None = None
+) -> dict[str, Any]:
+    """Answer what `file` lacks, write every answer into it, and return the figures over all (`report.summarise`).
 
-    A checkpoint that was trained without latents needs `format_name` for the markers that the conditions speak of.
+    Args:
+        engine: Whatever it is: it is given, and stays open.
+        plan: Questions and conditions.
+        judge: Of the plan's questions.
+        file: Of this evaluation, perhaps with answers from before.
+        signals: What to measure on own latents.
     """
-    specs = parse_signals(signals)
-    if specs and Intervention.OWN not in conditions:
-        raise UserError("signals are measured on the model's own latents: add own to the conditions.")
-    sampling = sampling or Sampling(max_tokens=64, temperature=0.0)
-    records = load_records(data_file, limit)
-    model_path = str(checkpoint_folder(model_path))
-    latent_format = choose_format(format_name, LatentFormat.load(model_path), model_path)
-    family, processor = load_processor(model_path)
-    tokenizer = getattr(processor, "tokenizer", processor)
-    markers = family.bind(latent_format, processor)
-    with_oracle = Intervention.ORACLE in conditions
-    encoder = Encoder(processor, family, markers if with_oracle else None)
-    room = min(latent_format.span_tokens, sampling.max_tokens)
-    require_valid(data_file, judge=partial(encoder.judge, learned=False, room=room))
-    model = load_weights(model_path).to("cuda" if torch.cuda.is_available() else "cpu")
-    attach_feedback(model, latent_format, Path(model_path))
-    missing = next((r.id for r in records if r.answer is None), None)
-    if missing is not None:
-        raise UserError(f"record {missing!r} of {data_file} has no answer to compare with.")
-    chunks = [records[i : i + batch_size] for i in range(0, len(records), batch_size)]
-    encoded = [e for chunk in track(chunks, "processing records", unit="batches") for e in encoder.encode(list(chunk))]
-    if with_oracle and not all(e.targets for e in encoded):
-        raise UserError(f"{data_file} has records without latent targets: leave the condition oracle out.")
-    answers = [r.answer or "" for r in records]
-    questions = AnswerSet(encoded, answers, family, tokenizer, batch_size)
-    engine = HFRolloutEngine(model, processor, latent_format, batch_size=batch_size, progress=True)
-    found = questions.answer(engine, model, conditions, sampling)
-    columns: dict[str, list[float]] = {spec.name: [] for spec in specs}
-    if specs:
-        rollouts = found.scored[Intervention.OWN.value].rollouts
-        for start in track(range(0, len(rollouts), batch_size), "measuring signals", unit="batches"):
-            rows = slice(start, start + batch_size)
-            batch = replay_batch(model, rollouts[rows], [e.images for e in encoded[rows]])
-            for name, column in measure(model, batch, markers, specs).columns.items():
-                pairs = zip(column.values, column.counts, strict=True)
-                columns[name] += [v for v, count in pairs if count and isinstance(v, float)]
-    means = {name: sum(values) / len(values) if values else None for name, values in columns.items()}
-    return Evaluation([r.id for r in records], answers, found.scored, found.undefined, means)
+    names = [question.id for question in plan.questions]
+    known = file.done
+    store = _Store(file)
+
+    def done(item: Item) -> bool:
+        return (names[item.question], item.condition.name, plan.seed(item)) in known
+
+    items = plan.items()
+    own = store.load(names, items, plan)
+    left = sum(not done(item) for item in items)
+    with task("answer", left, "answers") as bar:
+        for answered in plan.run(engine, done=done, own=own):
+            mine = [one for one in answered if one.item.condition.intervention is Intervention.OWN]
+            values: dict[Item, dict[str, float | None]] = {}
+            if signals is not None and mine:
+                values = dict(zip([one.item for one in mine], signals.measure(mine), strict=True))
+            store.save([(names[one.item.question], one) for one in mine])
+            file.add([judge.row(plan.questions, one, values.get(one.item)) for one in answered])
+            bar.advance(len([one for one in answered if not done(one.item)]))
+    summary = summarise(file.rows, plan.undefined)
+    if own or any(item.condition.intervention is Intervention.OWN for item in items):
+        summary["signals"]["collapse"] = store.collapse(names)
+    file.close(summary)
+    return summary
+
+
+def collapse_of(latents: Sequence[tuple[int, Tensor]]) -> float | None:
+    """How alike the latents [n, H] of different questions are (paper C): None without latents of two questions."""
+    held = [(number, pooled(vectors)) for number, vectors in latents if len(vectors)]
+    if not held:
+        return None
+    found = between_samples(torch.stack([vector for _, vector in held]), [number for number, _ in held])
+    return found.cosine if found.pairs else None
+
+
+class _Store:
+    """Own latents on disk, one file for each call: a swap takes them from questions that were answered before."""
+
+    def __init__(self, file: AnswerFile) -> None:
+        self.folder = file.latents_folder
+
+    def save(self, named: Sequence[tuple[str, Answered]]) -> None:
+        held = [(name, one) for name, one in named]
+        if not held:
+            return
+        self.folder.mkdir(exist_ok=True)
+        number = len(list(self.folder.glob("*.safetensors")))
+        keys = [[name, one.item.condition.name, one.rollout.seed, len(one.latents)] for name, one in held]
+        values = torch.cat([one.latents.cpu() for _, one in held])
+        partial = self.folder / "partial"
+        save_file({"latents": values.contiguous()}, partial, metadata={"keys": json.dumps(keys)})
+        partial.replace(self.folder / f"{number:06}.safetensors")
+
+    def load(self, names: Sequence[str], items: Sequence[Item], plan: Plan) -> dict[Item, Tensor]:
+        """Of the plan's items, those that are there."""
+        wanted = {
+            (names[item.question], item.condition.name, plan.seed(item)): item
+            for item in items
+            if item.condition.intervention is Intervention.OWN
+        }
+        return {wanted[key]: vectors for key, vectors in self._read() if key in wanted}
+
+    def collapse(self, names: Sequence[str]) -> float | None:
+        """`collapse_of` the latents that are there."""
+        numbers = {name: number for number, name in enumerate(names)}
+        return collapse_of(
+            [
+                (numbers[name], vectors)
+                for (name, condition, _), vectors in self._read()
+                if name in numbers and condition == OWN
+            ]
+        )
+
+    def _read(self) -> list[tuple[tuple[str, str, int], Tensor]]:
+        found: dict[tuple[str, str, int], Tensor] = {}
+        for path in sorted(self.folder.glob("*.safetensors")):
+            try:
+                with safe_open(path, framework="pt") as data:
+                    keys = json.loads(data.metadata()["keys"])
+                    vectors = data.get_tensor("latents").split([count for *_, count in keys])
+            except (SafetensorError, ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{path} is damaged ({error}): delete it, and its answers are made again.") from error
+            found |= {(name, condition, seed): v for (name, condition, seed, _), v in zip(keys, vectors, strict=True)}
+        return list(found.items())

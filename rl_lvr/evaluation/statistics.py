@@ -201,6 +201,20 @@ def pass_at_k(right: int, n: int, k: int) -> float:
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
+def maj_at_k(answers: Sequence[str | None], right: Sequence[bool]) -> float:
+    """Whether the most frequent answer of the samples is right; where answers tie, the share of them that is.
+
+    Right answers count as one answer, however they are written. A sample without a readable answer (None) has no vote.
+    """
+    votes: dict[str | bool, int] = {}
+    for answer, good in zip(answers, right, strict=True):
+        if answer is not None:
+            key = True if good else " ".join(answer.split()).casefold()
+            votes[key] = votes.get(key, 0) + 1
+    first = [key for key, count in votes.items() if count == max(votes.values())]
+    return sum(key is True for key in first) / len(first) if first else 0.0
+
+
 # ---- clusters
 
 

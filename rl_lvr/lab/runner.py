@@ -261,15 +261,28 @@ class Runner:
     def evaluate(
         self, stage: Stage, conditions: Sequence[str], data: Path, *more: str, name: str | None = None
     ) -> dict[str, Any]:
-        """A table of one model; kept beside it, so that a second run does not answer everything again."""
-        path = stage.folder.with_name(f"{stage.name}-on-{name or data.parent.name}.json")
-        if not path.is_file():
-            arguments = ["lab", "evaluate", str(stage.folder), "--data", str(data), "--out", str(path)]
-            arguments += ["--conditions", ",".join(conditions), "--format", "lvr", *more]
-            arguments += ["--threads", str(max(self.cores // 2, 1))]  # the other lane goes on meanwhile
+        """A table of one model: accuracies by condition, None where there is none, means of signals, and `n`.
+
+        The answers are kept beside the model; a second run makes those that are missing.
+        """
+        path = stage.folder.with_name(f"{stage.name}-on-{name or data.parent.name}.jsonl")
+        arguments = ["evaluate", str(stage.folder), "--data", str(data), "--out", str(path)]
+        arguments += ["--conditions", ",".join(conditions), "--format", "lvr", *more]
+        arguments += ["--threads", str(max(self.cores // 2, 1))]  # the other lane goes on meanwhile
+        if not _complete(path):
             self.call(arguments, stage.log, f"evaluating {stage.name}")
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
+        summary = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        tables = summary["conditions"]
+        accuracies = {
+            condition: tables[condition]["accuracy"] if condition in tables else None for condition in conditions
+        }
+        return {"n": summary["records"], **accuracies, **summary["signals"]}
+
+
+def _complete(answers: Path) -> bool:
+    """Whether an evaluation has come to its figures."""
+    summary = answers.with_suffix(".json")
+    return summary.is_file() and "conditions" in json.loads(summary.read_text(encoding="utf-8"))
 
 
 def claim(out: Path, kind: str, config: dict[str, Any]) -> None:

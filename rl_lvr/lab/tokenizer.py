@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rl_lvr.errors import UserError
+from rl_lvr.models import family_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,33 +18,6 @@ if TYPE_CHECKING:
 PAD, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIALS = (PAD, TURN_START, TURN_END)
 ROLES = ("system", "user", "assistant", "tool")
-
-_QWEN = {
-    "vision_start_token": "<|vision_start|>",
-    "vision_end_token": "<|vision_end|>",
-    "vision_pad_token": "<|vision_pad|>",
-    "image_token": "<|image_pad|>",
-    "video_token": "<|video_pad|>",
-}
-VISION_SPECIALS: dict[str, dict[str, str]] = {
-    "qwen2_5_vl": _QWEN,
-    "qwen3_vl": _QWEN,
-    "internvl": {
-        "start_image_token": "<img>",
-        "end_image_token": "</img>",
-        "context_image_token": "<IMG_CONTEXT>",
-        "video_token": "<video>",
-    },
-    "llava_onevision": {"image_token": "<image>", "video_token": "<video>"},
-}
-"""Names under which a family's processor asks the tokenizer for its special tokens."""
-
-_IMAGE_TEXT = {
-    "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>",
-    "qwen3_vl": "<|vision_start|><|image_pad|><|vision_end|>",
-    "internvl": "<IMG_CONTEXT>",
-    "llava_onevision": "<image>",
-}
 
 # Four tokens around a turn's content; the newline keeps the role a token of its own. `generation` marks what
 # the assistant writes, its end of turn included: the mask of TRL's `assistant_only_loss` comes from it.
@@ -77,12 +51,13 @@ _CHAT_TEMPLATE = """\
 """
 
 
-def build_tokenizer(family: str, words: Sequence[str], markers: Sequence[str]) -> PreTrainedTokenizerBase:
-    """Tokenizer of `family` in which every word is one token, with and without a space before it."""
+def build_tokenizer(model_type: str, words: Sequence[str], markers: Sequence[str]) -> PreTrainedTokenizerBase:
+    """Tokenizer of a family in which every word is one token, with and without a space before it."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    vision = VISION_SPECIALS[family]
+    family = family_class(model_type)
+    vision = dict(family.tiny_tokens)
     specials = [*SPECIALS, *vision.values(), *markers]
     for word in words:
         if not word or any(letter.isspace() for letter in word):
@@ -114,7 +89,7 @@ def build_tokenizer(family: str, words: Sequence[str], markers: Sequence[str]) -
         pad_token=PAD,
         model_specific_special_tokens=vision,
         extra_special_tokens=[TURN_START, *markers],
-        chat_template=_CHAT_TEMPLATE.replace("IMAGE", _IMAGE_TEXT[family]),
+        chat_template=_CHAT_TEMPLATE.replace("IMAGE", family.tiny_image),
         clean_up_tokenization_spaces=False,
         padding_side="left",
     )

@@ -1,4 +1,4 @@
-"""Family: the one interface behind which backbones differ. The four that we bring have modules of their own.
+"""Family: the one interface behind which backbones differ. Each family is a module: all that differs stands in it.
 
 Nothing here keeps state on a model: transformers caches M-RoPE offsets on the module (`rope_deltas`), and by
 the next call they are another batch's. Positions are computed here and passed explicitly: nobody reads it.
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from rl_lvr.errors import UserError
 from rl_lvr.latents.format import FormatIds, LatentFormat
+from rl_lvr.models.tiny import TinySpec
 from rl_lvr.wrapping import unwrapped
 
 
@@ -29,6 +30,17 @@ class TokenGrid(NamedTuple):
     cols: int
     area: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
     """Part of the grid that the image fills: x0, y0, x1, y1 from 0 to 1. The rest of the grid is padding."""
+
+
+class ImageFrame(NamedTuple):
+    """Token ids around an image's tokens that vLLM writes itself, from one placeholder per image."""
+
+    first: int
+    """The token that an image's block begins with."""
+    last: int
+    """The token that it ends with; may be the same."""
+    between: tuple[int, ...] = ()
+    """Other tokens inside a block, such as those that name a tile."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,16 @@ class Family(ABC):
     """Names of the forward's inputs that belong to images."""
     text_only: ClassVar[bool] = False
     """No images at all: a tokenizer stands where the others have a processor, and a message's content is a string."""
+
+    vllm_classes: ClassVar[Mapping[str, str]] = {}
+    """vLLM's model class, as `module.Class`, by the config's `architectures`. Without one, engine `vllm` is refused."""
+    vllm_single_picture: ClassVar[bool] = False
+    """vLLM processes several images of a prompt differently from transformers, so a request may have one only."""
+
+    tiny_tokens: ClassVar[Mapping[str, str]] = {}
+    """Special tokens of a tiny model's tokenizer, under the names by which its processor asks for them."""
+    tiny_image: ClassVar[str] = ""
+    """What a tiny model's chat template writes for an image."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -125,6 +147,11 @@ class Family(ABC):
         return latent_format.bind(tokenizer, self.placeholder_ids(tokenizer))
 
     @property
+    def image_token(self) -> int:
+        """Id of the placeholder that image features are written at; -1 without images."""
+        return -1 if self.text_only else int(self.config.image_token_id)
+
+    @property
     def hidden_size(self) -> int:
         """Width of the text model, hence of a latent."""
         return int(self.config.get_text_config().hidden_size)
@@ -172,12 +199,33 @@ class Family(ABC):
         rows = [row for row in rows if row]
         return {key: torch.cat([row[key] for row in rows]) for key in rows[0]} if rows else {}
 
+    def complete_images(self, images: dict[str, Tensor], images_per_row: Sequence[int]) -> dict[str, Tensor]:
+        """Add image inputs that the forward takes and that TRL's batches of rows lack; here none."""
+        return images
+
+    # ---- vLLM's side
+
+    def vllm_frame(self, tokenizer: Any) -> ImageFrame | None:
+        """Tokens beside the image tokens that vLLM writes itself, and that a prompt for it must not hold."""
+        return None
+
+    def released_name(self, name: str) -> str:
+        """The name of a weight in released checkpoints, which vLLM's loaders expect, of a weight in transformers."""
+        return name
+
+    # ---- a tiny model, for tests and the lab
+
+    @classmethod
+    def tiny(cls, spec: TinySpec, tokenizer: Any) -> tuple[Any, Any]:
+        """Build (model, processor) of this shape with random weights. `tokenizer` has `tiny_tokens`."""
+        raise UserError(f"{cls.name} brings no tiny model: give {cls.__name__} a method `tiny`.")
+
+    # ---- helpers for adapters
+
     def _check_count(self, images: Mapping[str, Tensor], images_per_row: Sequence[int]) -> None:
         count = self.count_images(images)
         if sum(images_per_row) != count:
             raise ValueError(f"{count} images cannot be split into rows of {list(images_per_row)} images.")
-
-    # ---- helpers for adapters
 
     def _as_embeddings(self, model: nn.Module, features: Sequence[Tensor]) -> list[Tensor]:
         """Features as the forward writes them: in the place and type of the text embeddings."""

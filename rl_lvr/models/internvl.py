@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from rl_lvr.errors import UserError
-from rl_lvr.models.base import Family, TokenGrid
+from rl_lvr.models.base import Family, ImageFrame, TokenGrid
+from rl_lvr.models.tiny import MEAN_STD, TinySpec, rope, text_config
 
 
 class InternVL(Family):
@@ -19,6 +20,16 @@ class InternVL(Family):
     name = "InternVL"
     model_types = ("internvl",)
     image_keys = ("pixel_values", "num_patches")
+    vllm_classes: ClassVar = {
+        "InternVLForConditionalGeneration": "vllm.model_executor.models.interns1.InternS1ForConditionalGeneration"
+    }
+    tiny_tokens: ClassVar = {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    }
+    tiny_image = "<IMG_CONTEXT>"
 
     def placeholder_ids(self, tokenizer: Any) -> dict[str, int]:
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
@@ -88,3 +99,47 @@ class InternVL(Family):
                 raise UserError("an image has two tiles and no thumbnail: no tile shows the whole image.")
             grids.append(TokenGrid((tiles - 1) * tokens, side, side))
         return grids
+
+    def vllm_frame(self, tokenizer: Any) -> ImageFrame:
+        placeholders = self.placeholder_ids(tokenizer)
+        return ImageFrame(placeholders["vision_start"], placeholders["vision_end"])
+
+    @classmethod
+    def tiny(cls, spec: TinySpec, tokenizer: Any) -> tuple[Any, Any]:
+        from transformers import (
+            GotOcr2ImageProcessor,
+            InternVLConfig,
+            InternVLForConditionalGeneration,
+            InternVLProcessor,
+            InternVLVideoProcessor,
+        )
+
+        tile = {"height": spec.tile, "width": spec.tile}
+        tokens = (spec.tile // spec.patch // spec.merge) ** 2
+        config = InternVLConfig(
+            text_config=text_config(spec, tokenizer, model_type="qwen2", rope_parameters=rope()),
+            vision_config={
+                "hidden_size": spec.vision_hidden,
+                "intermediate_size": 2 * spec.vision_hidden,
+                "num_hidden_layers": spec.vision_depth,
+                "num_attention_heads": spec.vision_heads,
+                "image_size": [spec.tile, spec.tile],
+                "patch_size": [spec.patch, spec.patch],
+                "initializer_range": spec.init_std,
+                "attention_bias": True,
+                # The released models drop paths by a learned scale of 0.1; two shallow blocks should show.
+                "layer_scale_init_value": 1.0,
+            },
+            image_token_id=tokenizer.context_image_token_id,
+            image_seq_length=tokens,
+            downsample_ratio=1 / spec.merge,
+            tie_word_embeddings=spec.tie,
+        )
+        processor = InternVLProcessor(
+            image_processor=GotOcr2ImageProcessor(size=tile, crop_to_patches=True, max_patches=4, **MEAN_STD),
+            video_processor=InternVLVideoProcessor(size=tile, **MEAN_STD),
+            tokenizer=tokenizer,
+            image_seq_length=tokens,
+            chat_template=tokenizer.chat_template,
+        )
+        return InternVLForConditionalGeneration(config), processor

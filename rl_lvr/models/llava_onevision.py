@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rl_lvr.models.base import Family, TokenGrid
+from rl_lvr.models.tiny import MEAN_STD, TinySpec, rope, text_config
 from rl_lvr.wrapping import gathered
+
+TOWER = re.compile(r"(?<![\w])vision_tower\.(?!vision_model\.)")
 
 
 class LlavaOnevision(Family):
@@ -23,6 +27,14 @@ class LlavaOnevision(Family):
     name = "LLaVA-OneVision"
     model_types = ("llava_onevision",)
     image_keys = ("pixel_values", "image_sizes", "batch_num_images")
+    vllm_classes: ClassVar = {
+        "LlavaOnevisionForConditionalGeneration": (
+            "vllm.model_executor.models.llava_onevision.LlavaOnevisionForConditionalGeneration"
+        )
+    }
+    vllm_single_picture = True  # vLLM cuts every image into tiles, transformers only one that is alone in its row
+    tiny_tokens: ClassVar = {"image_token": "<image>", "video_token": "<video>"}
+    tiny_image = "<image>"
 
     def placeholder_ids(self, tokenizer: Any) -> dict[str, int]:
         return {"image": int(self.config.image_token_id), "video": int(self.config.video_token_id)}
@@ -42,6 +54,16 @@ class LlavaOnevision(Family):
         if images and "batch_num_images" not in images:  # what the forward takes a missing one for
             images["batch_num_images"] = torch.ones(len(images["image_sizes"]), dtype=torch.long)
         return images
+
+    def complete_images(self, images: dict[str, Tensor], images_per_row: Sequence[int]) -> dict[str, Tensor]:
+        if "pixel_values" not in images:
+            return images
+        counts = [count for count in images_per_row if count]
+        return images | {"batch_num_images": torch.tensor(counts, device=images["pixel_values"].device)}
+
+    def released_name(self, name: str) -> str:
+        """With a level of SigLIP's names that transformers 5 has dropped."""
+        return TOWER.sub(r"\g<0>vision_model.", name)
 
     def rows_per_image(self, images: Mapping[str, Tensor]) -> dict[str, list[int]]:
         """`batch_num_images` counts rows of the batch, not images: `split_images` deals with it."""
@@ -99,3 +121,44 @@ class LlavaOnevision(Family):
             left, top = (edge - width) // 2 / edge, (edge - height) // 2 / edge
             grids.append(TokenGrid(0, side, side, (left, top, left + width / edge, top + height / edge)))
         return grids
+
+    @classmethod
+    def tiny(cls, spec: TinySpec, tokenizer: Any) -> tuple[Any, Any]:
+        from transformers import (
+            LlavaOnevisionConfig,
+            LlavaOnevisionForConditionalGeneration,
+            LlavaOnevisionImageProcessor,
+            LlavaOnevisionProcessor,
+            LlavaOnevisionVideoProcessor,
+        )
+
+        side = spec.tile
+        tile = {"height": side, "width": side}
+        pinpoints = [[rows * side, cols * side] for rows in (1, 2) for cols in (1, 2)]
+        config = LlavaOnevisionConfig(
+            text_config=text_config(spec, tokenizer, model_type="qwen2", rope_parameters=rope()),
+            vision_config={
+                "model_type": "siglip_vision_model",
+                "hidden_size": spec.vision_hidden,
+                "intermediate_size": 2 * spec.vision_hidden,
+                "num_hidden_layers": spec.vision_depth,
+                "num_attention_heads": spec.vision_heads,
+                "image_size": side,
+                "patch_size": spec.patch,
+                "vision_use_head": False,
+            },
+            image_token_index=tokenizer.image_token_id,
+            video_token_index=tokenizer.video_token_id,
+            image_grid_pinpoints=pinpoints,
+            tie_word_embeddings=spec.tie,
+        )
+        processor = LlavaOnevisionProcessor(
+            image_processor=LlavaOnevisionImageProcessor(size=tile, image_grid_pinpoints=pinpoints, **MEAN_STD),
+            video_processor=LlavaOnevisionVideoProcessor(size=tile, **MEAN_STD),
+            tokenizer=tokenizer,
+            num_image_tokens=(side // spec.patch) ** 2,
+            vision_feature_select_strategy=config.vision_feature_select_strategy,
+            vision_aspect_ratio=config.vision_aspect_ratio,
+            chat_template=tokenizer.chat_template,
+        )
+        return LlavaOnevisionForConditionalGeneration(config), processor

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from rl_lvr.errors import UserError
 from rl_lvr.models.base import Family, Positions, TokenGrid
+from rl_lvr.models.tiny import MEAN_STD, TinySpec, rope, text_config
 
 MERGERS = ("merger", "deepstack_merger_list")
+TEMPORAL = 2
+"""Frames in one patch. An image is repeated to fill it."""
 
 
 class Qwen2_5VL(Family):  # noqa: N801 - the model's own name
@@ -20,6 +23,17 @@ class Qwen2_5VL(Family):  # noqa: N801 - the model's own name
     name = "Qwen2.5-VL"
     model_types = ("qwen2_5_vl",)
     image_keys = ("pixel_values", "image_grid_thw")
+    vllm_classes: ClassVar = {
+        "Qwen2_5_VLForConditionalGeneration": "vllm.model_executor.models.qwen2_5_vl.Qwen2_5_VLForConditionalGeneration"
+    }
+    tiny_tokens: ClassVar = {
+        "vision_start_token": "<|vision_start|>",
+        "vision_end_token": "<|vision_end|>",
+        "vision_pad_token": "<|vision_pad|>",
+        "image_token": "<|image_pad|>",
+        "video_token": "<|video_pad|>",
+    }
+    tiny_image = "<|vision_start|><|image_pad|><|vision_end|>"
 
     def placeholder_ids(self, tokenizer: Any) -> dict[str, int]:
         names = ("image", "video", "vision_start", "vision_end")
@@ -77,9 +91,101 @@ class Qwen2_5VL(Family):  # noqa: N801 - the model's own name
         first_free = mask.sum(-1) + deltas[:, 0]
         return Positions(prefill.to(input_ids.device), first_free.to(input_ids.device))
 
+    @classmethod
+    def tiny(cls, spec: TinySpec, tokenizer: Any) -> tuple[Any, Any]:
+        from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+        from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+
+        half = spec.head_dim // 2  # rotary pairs, shared out as 1 : 1.5 : 1.5 over time, height and width
+        section = [half // 4, (half - half // 4) // 2, half - half // 4 - (half - half // 4) // 2]
+        return _tiny(
+            spec,
+            tokenizer,
+            (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor, Qwen2VLVideoProcessor),
+            text={"rope_parameters": rope(mrope_section=section)},
+            vision={"window_size": 2 * spec.token_pixels, "fullatt_block_indexes": [spec.vision_depth - 1]},
+        )
+
 
 class Qwen3VL(Qwen2_5VL):
     """Qwen3-VL."""
 
     name = "Qwen3-VL"
     model_types = ("qwen3_vl",)
+    vllm_classes: ClassVar = {
+        "Qwen3VLForConditionalGeneration": "vllm.model_executor.models.qwen3_vl.Qwen3VLForConditionalGeneration"
+    }
+
+    @classmethod
+    def tiny(cls, spec: TinySpec, tokenizer: Any) -> tuple[Any, Any]:
+        from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+        half = spec.head_dim // 2
+        side = half * 20 // 64  # the shares of the released models: 24, 20, 20 of 64
+        section = [half - 2 * side, side, side]
+        return _tiny(
+            spec,
+            tokenizer,
+            (Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor, Qwen3VLVideoProcessor),
+            text={
+                "head_dim": spec.head_dim,
+                "rope_parameters": rope(mrope_section=section, mrope_interleaved=True),
+            },
+            vision={
+                "num_position_embeddings": 256,
+                "deepstack_visual_indexes": list(range(min(spec.vision_depth, spec.layers))),
+            },
+        )
+
+
+def _tiny(
+    spec: TinySpec,
+    tokenizer: Any,
+    classes: tuple[Any, Any, Any, Any],
+    *,
+    text: dict[str, Any],
+    vision: dict[str, Any],
+) -> tuple[Any, Any]:
+    """Build a tiny model and its processor.
+
+    Args:
+        classes: Of config, model, processor and video processor.
+        text: Settings of the text model that only one of the two families has.
+        vision: The same of the vision tower.
+    """
+    from transformers import Qwen2VLImageProcessor
+
+    config_class, model_class, processor_class, video_class = classes
+    tokens = ("image_token", "video_token", "vision_start_token", "vision_end_token")
+    config = config_class(
+        text_config=text_config(spec, tokenizer, **text),
+        vision_config={
+            "depth": spec.vision_depth,
+            "hidden_size": spec.vision_hidden,
+            "intermediate_size": 2 * spec.vision_hidden,
+            "num_heads": spec.vision_heads,
+            "out_hidden_size": spec.hidden,
+            "patch_size": spec.patch,
+            "spatial_merge_size": spec.merge,
+            "temporal_patch_size": TEMPORAL,
+            "in_channels": 3,
+            "initializer_range": spec.init_std,
+            **vision,
+        },
+        tie_word_embeddings=spec.tie,
+        **{f"{name}_id": getattr(tokenizer, f"{name}_id") for name in tokens},
+    )
+    images = {
+        "patch_size": spec.patch,
+        "merge_size": spec.merge,
+        "temporal_patch_size": TEMPORAL,
+        "size": spec.pixel_limits,
+        **MEAN_STD,
+    }
+    processor = processor_class(
+        image_processor=Qwen2VLImageProcessor(**images),
+        video_processor=video_class(**images),
+        tokenizer=tokenizer,
+        chat_template=tokenizer.chat_template,
+    )
+    return model_class(config), processor

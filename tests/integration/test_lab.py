@@ -12,9 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from lab_tools import build_model, sft, write_puzzles
 
-from rl_lvr import cli
 from rl_lvr.data.puzzles import chance
 from rl_lvr.lab.config import LabConfig
 from rl_lvr.lab.picture import table
@@ -75,33 +73,6 @@ def test_a_demo_that_is_cut_off_goes_on_and_a_third_run_does_nothing(tmp_path: P
     other = demo(out, "--family", "qwen3_vl")
     assert other.wait(60) == 2
     assert "other settings" in other.communicate()[1]
-
-
-def test_evaluate_prints_a_table_and_keeps_every_answer(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    data = write_puzzles(tmp_path / "data")
-    assert sft(build_model(tmp_path / "model"), data, tmp_path / "out") == 0
-    capsys.readouterr()
-    arguments = ["lab", "evaluate", str(tmp_path / "out"), "--data", str(data / "test.parquet"), "--max-tokens", "8"]
-    assert cli.main([*arguments, "--conditions", "own, noise,none", "--out", str(tmp_path / "t.json")]) == 0
-    found = json.loads((tmp_path / "t.json").read_text())
-    assert set(found) == {"n", "own", "noise", "none", "unreadable", "collapse"}
-    rows = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
-    assert len(rows) == 3 * 12
-    for name in ("own", "noise", "none"):
-        mine = [row["right"] for row in rows if row["condition"] == name]
-        assert sum(mine) / len(mine) == found[name]
-        unread = [row["verdict"] == "unreadable" for row in rows if row["condition"] == name]
-        assert sum(unread) / len(unread) == found["unreadable"][name]
-    assert f"{'own':14} {found['own']:.4f}" in capsys.readouterr().out
-
-    assert cli.main([*arguments, "--out", str(tmp_path / "t.json")]) == 2
-    assert "exists" in capsys.readouterr().err
-    assert cli.main([*arguments, "--conditions", "own,nose"]) == 2
-    assert "no condition 'nose'" in capsys.readouterr().err
-    assert cli.main([*arguments, "--conditions", "own", "--format", "lantern"]) == 2
-    assert "was trained with latent format 'lvr'" in capsys.readouterr().err
-    assert cli.main(["lab", "evaluate", str(tmp_path / "model"), "--data", str(data / "test.parquet")]) == 2
-    assert "does not say which latent format" in capsys.readouterr().err
 
 
 def test_the_two_sets_ask_what_they_claim() -> None:

@@ -75,7 +75,7 @@ def test_no_verb_takes_a_model_that_is_not_finite(
     question = ["--question", "from red", "--image", f"{tmp_path}/image.png"]
     verbs = {
         "generate": lambda: cli.main(["generate", str(model), *question, *latent]),
-        "evaluate": lambda: cli.main(["lab", "evaluate", str(model), "--data", data, "--limit", "2", *latent]),
+        "evaluate": lambda: cli.main(["evaluate", str(model), "--data", data, "--limit", "2", *latent]),
         "sft": lambda: sft(model, place / "data", tmp_path / "sft"),
         "grpo": lambda: grpo(model, place / "data", tmp_path / "grpo", rewards="accuracy"),
     }

@@ -97,8 +97,11 @@ def test_accuracy_under_interventions_is_logged_in_the_row_of_its_step(place: Pa
 
 def test_accuracy_is_right_where_the_answer_is_known(place: Path) -> None:
     """A model with a head that can only say one colour is right exactly as often as that colour is the answer."""
-    from rl_lvr.evaluation.accuracy import AnswerSet
-    from rl_lvr.latents.interventions import Intervention
+    from rl_lvr.evaluation.conditions import parse_conditions
+    from rl_lvr.evaluation.evaluate import Judge
+    from rl_lvr.evaluation.plan import Plan
+    from rl_lvr.evaluation.questions import questions_of
+    from rl_lvr.evaluation.rows import Rule
 
     bench = Bench(place / "model", count=24)
     word = bench.records[0].answer
@@ -110,13 +113,14 @@ def test_accuracy_is_right_where_the_answer_is_known(place: Path) -> None:
 
     handle = bench.model.lm_head.register_forward_hook(say)
     engine = HFRolloutEngine(bench.model, bench.processor, bench.markers.format, batch_size=24)
-    questions = AnswerSet(bench.encoded, [r.answer for r in bench.records], bench.family, bench.tokenizer)
-    conditions = [Intervention.OWN, Intervention.SWAP]
-    found = questions.answer(engine, bench.model, conditions, Sampling(max_tokens=4, temperature=0.0))
+    questions = questions_of(bench.records, bench.encoder)
+    plan = Plan(questions, parse_conditions("own,swap"), Sampling(max_tokens=4, temperature=0.0))
+    judge = Judge(bench.tokenizer, bench.markers, Rule())
+    rows = [judge.row(questions, one) for call in plan.run(engine) for one in call]
     handle.remove()
-    assert set(found.undefined) == {"swap"}  # it makes no latents, so there are none to swap: no reason to stop
+    assert set(plan.undefined) == {"swap"}  # it makes no latents, so there are none to swap: no reason to stop
     expected = [record.answer == word for record in bench.records]
-    assert found.scored["own"].right == expected
+    assert [row.right for row in rows] == expected
     assert 0 < sum(expected) < 24
 
 

@@ -11,7 +11,6 @@ import torch
 from datasets import Dataset
 from lab_tools import sft
 from trl import SFTConfig, SFTTrainer
-from vllm_cases import build_text
 
 from rl_lvr.data.records import load_records
 from rl_lvr.errors import UserError
@@ -54,9 +53,11 @@ def test_a_path_and_records_train_as_the_command_does(place: Path, tmp_path: Pat
     [(TALKS, {"completion_only_loss": False, "pad_to_multiple_of": 8}), (TEXTS, {"max_length": 4, "packing": True})],
     ids=["talks", "packed texts"],
 )
-def test_a_data_set_of_trl_gives_trls_numbers(tmp_path: Path, data: list[dict[str, Any]], more: dict[str, Any]) -> None:
+def test_a_data_set_of_trl_gives_trls_numbers(
+    tmp_path: Path, tiny_folder: Any, data: list[dict[str, Any]], more: dict[str, Any]
+) -> None:
     """Settings that records have no use for are TRL's here."""
-    folder = build_text("qwen2", tmp_path / "model")
+    folder = tiny_folder("qwen2")
 
     def run(kind: type, **changes: Any) -> Any:
         given = plain(tmp_path, **more | changes)

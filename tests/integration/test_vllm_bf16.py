@@ -11,9 +11,9 @@ from dataclasses import replace
 import pytest
 import torch
 from engine_cases import SAMPLED
+from helpers import FAMILIES
 from vllm_cases import VLLMRig, opened, thinking
 
-from rl_lvr.lab.tiny import FAMILIES
 from rl_lvr.latents.format import get_format
 from rl_lvr.rollout.replay import check_parity, teacher_force
 

@@ -7,12 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 from engine_cases import FILTERED, GREEDY, SAMPLED
-from helpers import noise_image
+from helpers import FAMILIES, noise_image
 from vllm_cases import VLLMRig
 from vllm_pairs import LONG, SHORT, assert_parity, close, started
 
 from rl_lvr.errors import UserError
-from rl_lvr.lab.tiny import FAMILIES
 from rl_lvr.latents.interventions import Intervention
 from rl_lvr.rollout.hf import HFRolloutEngine
 from rl_lvr.rollout.replay import check_parity

@@ -14,14 +14,12 @@ from typing import Any
 
 import torch
 from engine_cases import FORMATS, SIX_ROWS, Rig
-from helpers import WORDS
+from helpers import FAMILIES
 from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rl_lvr.lab.tiny import FAMILIES
-from rl_lvr.lab.tokenizer import build_tokenizer
 from rl_lvr.latents.format import LatentFormat, get_format
 from rl_lvr.models import load_model
 from rl_lvr.rollout.types import Request
@@ -118,44 +116,11 @@ def _feedback_weights(format_: LatentFormat, width: int) -> dict[str, torch.Tens
     return {f"{NAME}.{name}": value.detach().clone() for name, value in module.state_dict().items()}
 
 
-def build_text(model_type: str, folder: Path, tie: bool = False) -> Path:
-    """A tiny text-only Qwen2 or Qwen3."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
-
-    markers = [token for name in FORMATS for token in get_format(name).tokens]
-    tokenizer = build_tokenizer("qwen2_5_vl", ("user", "assistant", *WORDS), tuple(markers))
-    shape = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 4096,
-        "initializer_range": 0.2,
-        "tie_word_embeddings": tie,
-        "bos_token_id": None,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    torch.manual_seed(4)
-    if model_type == "qwen2":
-        model: Any = Qwen2ForCausalLM(Qwen2Config(**shape))
-    else:
-        model = Qwen3ForCausalLM(Qwen3Config(**shape, head_dim=32))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 def thinking(
     tiny_folder: Any, tmp: Path, name: str, feedback: LatentFormat | None = None, *, tie: bool = False
 ) -> Path:
     """The folder of a thinking tiny model of a family, or of a text-only one, made in `tmp`."""
-    if name in TEXT:
-        source = build_text(name, tmp / "plain" / name, tie)
-    else:
-        source = tiny_folder(name, latent_formats=FORMATS, tie=tie)
+    source = tiny_folder(name, latent_formats=FORMATS, tie=tie)
     return thinking_folder(source, tmp / name, feedback=feedback)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from helpers import FAMILIES
 from peft import get_peft_model
 from trl import ModelConfig
 
-from rl_lvr.lab.tiny import FAMILIES
 from rl_lvr.models.registry import family_class
 from rl_lvr.training.runs.prepare import adapter_of
 
@@ -23,17 +23,9 @@ def adapted(model, **settings):
     return names, all(id(peft.get_submodule(name).base_layer) in layers for name in names), family
 
 
-def text_model(model_type):
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1}
-    config = AutoConfig.for_model(model_type, vocab_size=40, num_hidden_layers=2, layer_types=None, **shape)
-    return AutoModelForCausalLM.from_config(config)
-
-
 @pytest.mark.parametrize("name", [*FAMILIES, "qwen2", "qwen3"])
 def test_adapters_are_on_the_linear_layers_of_the_text_model(load_tiny, name, capsys):
-    model = load_tiny(name)[0] if name in FAMILIES else text_model(name)
+    model = load_tiny(name)[0]
     names, inside, family = adapted(model)
     assert inside
     assert len(names) == 7 * len(family.text_layers(model))

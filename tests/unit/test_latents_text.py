@@ -7,14 +7,18 @@ import torch
 from transformers import AddedToken
 from trl.chat_template_utils import qwen3_template
 
-from rl_lvr.evaluation.accuracy import AnswerSet
+from rl_lvr.evaluation.conditions import Condition
+from rl_lvr.evaluation.evaluate import Judge
+from rl_lvr.evaluation.plan import Answered, Item
+from rl_lvr.evaluation.questions import Question
+from rl_lvr.evaluation.rows import Rule
 from rl_lvr.lab.tokenizer import build_tokenizer
 from rl_lvr.latents.format import get_format
 from rl_lvr.latents.interventions import Intervention
 from rl_lvr.latents.text import completion_text
 from rl_lvr.rollout.readable import readable
 from rl_lvr.rollout.record import recorded
-from rl_lvr.rollout.types import Rollout, StopReason
+from rl_lvr.rollout.types import Request, Rollout, StopReason
 from rl_lvr.training.grpo.columns import read_completions
 
 LVR = get_format("lvr", k=2)
@@ -67,9 +71,9 @@ def test_spans_and_markers_are_no_text(tokenizer, markers):
     assert completion_text(made.completion_ids, tokenizer, markers) == "<think>red</think> blue next"
     assert recorded(made, tokenizer, markers).completion == "<think>red</think> blue next"
     assert readable(made, tokenizer, markers) == "<think>red⟦2 empty slots⟧</think> blue next"
-    questions = AnswerSet([], ["blue next"], None, tokenizer)
-    (text,) = questions.score([made], markers).texts
-    assert text == "<think>red</think> blue next"
+    answered = Answered(Item(0, Condition()), Request(made.prompt_ids), made)
+    row = Judge(tokenizer, markers, Rule()).row([Question("a", "blue next")], answered)
+    assert (row.text, row.extracted, row.right) == ("<think>red</think> blue next", "blue next", True)
 
 
 def test_a_marker_that_was_spelled_out_of_ordinary_tokens_is_text(tokenizer, markers):

@@ -1,8 +1,6 @@
 """Finding a family, adding one, and loading checkpoints from disk."""
 
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -30,7 +28,7 @@ from rl_lvr.models import (
 from rl_lvr.models.internvl import InternVL
 from rl_lvr.models.llava_onevision import LlavaOnevision
 from rl_lvr.models.qwen import Qwen2_5VL, Qwen3VL
-from rl_lvr.models.registry import required_members
+from rl_lvr.models.registry import family_class, required_members
 
 
 @pytest.fixture
@@ -123,6 +121,50 @@ def test_an_incomplete_family_is_refused_by_the_missing_member(own_registry, mem
     members = {name: value for name, value in QWEN2_VL_MEMBERS.items() if name != member}
     with pytest.raises(UserError, match=f"must give {member}"):
         register_family(type("Qwen2VL", (Family,), members))
+
+
+@pytest.mark.parametrize("model_type", ["gemma3", "paligemma"])
+def test_bidirectional_attention_is_refused_by_name(own_registry, model_type):
+    with pytest.raises(UnsupportedFamily, match=f"'{model_type}' is not supported: its attention is bidirectional"):
+        family_class(model_type)
+    with pytest.raises(UnsupportedFamily, match="causal attention"):
+        register_family(type("Mine", (Family,), {**QWEN2_VL_MEMBERS, "model_types": (model_type,)}))
+    assert "no adapter" in str(UnsupportedFamily("llama"))  # control: another kind of refusal
+
+
+def package(folder, entries):
+    """A package with entry points, installed in `folder`."""
+    info = folder / "other_families-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: other-families\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[rl_lvr.families]\n" + "\n".join(entries) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("nope = nowhere_at_all:Family", "there is no module 'nowhere_at_all'"),
+        ("nope = rl_lvr.models.base:TokenGrid", "no subclass of rl_lvr.models.Family"),
+        ("nope = rl_lvr.models.base:Family", "is incomplete"),
+        ("nope = rl_lvr.models.internvl:InternVL", "whose model_types are internvl"),
+        ("internvl = rl_lvr.models.qwen:Qwen3VL", "2 installed packages have a family"),
+        ("gemma3 = rl_lvr.models.internvl:InternVL", "bidirectional"),
+    ],
+)
+def test_an_entry_point_that_is_no_family_is_refused(tmp_path, monkeypatch, entry, message):
+    monkeypatch.setattr(registry, "_FAMILIES", {})
+    package(tmp_path, [entry])
+    assert type(family_of(Qwen2_5_VLConfig())) is Qwen2_5VL
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match=message):
+        family_class(entry.split()[0])
+
+
+def test_an_installation_without_entry_points_says_so(monkeypatch):
+    monkeypatch.setattr(registry, "_FAMILIES", {})
+    monkeypatch.setattr(registry, "installed", lambda kind: {})
+    with pytest.raises(UserError, match="make setup"):
+        family_class("qwen2_5_vl")
 
 
 def test_a_taken_model_type_is_refused(own_registry):
@@ -276,14 +318,6 @@ def test_tied_embeddings_are_no_missing_weights(tiny_folder, family_name):
     assert model.lm_head.weight is model.get_input_embeddings().weight
     untied, _ = load_model(tiny_folder(family_name))
     assert untied.lm_head.weight is not untied.get_input_embeddings().weight
-
-
-def test_tiny_models_import_without_torch():
-    """The command line lists their options: it must not wait for torch."""
-    code = "import sys, rl_lvr.lab.tiny; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-    code = "import sys, rl_lvr.models; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 1  # the check can fail
 
 
 def test_building_with_a_seed_is_what_load_model_reads(tmp_path):

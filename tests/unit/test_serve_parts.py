@@ -24,6 +24,7 @@ from rl_lvr import cli
 from rl_lvr.errors import UserError
 from rl_lvr.lab.tokenizer import build_tokenizer
 from rl_lvr.latents.format import FormatIds, get_format
+from rl_lvr.models import ImageFrame
 from rl_lvr.rollout.checks import Limits
 from rl_lvr.rollout.server import protocol
 from rl_lvr.rollout.server.engine import ServerRolloutEngine
@@ -44,7 +45,7 @@ SETTINGS = LatentSettings(
     max_latents=16,
     text_only=False,
     single_picture=False,
-    frame=(4, 5),
+    frame=ImageFrame(4, 5, (7,)),
 )
 
 

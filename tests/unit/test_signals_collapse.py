@@ -9,9 +9,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from rl_lvr.errors import UserError
-from rl_lvr.evaluation.accuracy import Scored
-from rl_lvr.latents.interventions import Intervention
-from rl_lvr.rollout.types import Rollout, StopReason
+from rl_lvr.evaluation.evaluate import collapse_of
 from rl_lvr.signals import between_samples, parse_signals, pooled
 
 H, K = 64, 4
@@ -60,28 +58,11 @@ def test_it_is_the_mean_over_pairs_of_different_samples() -> None:
 
 
 def test_evaluation_has_it() -> None:
-    def rollout(latents: torch.Tensor) -> Rollout:
-        count = len(latents)
-        return Rollout(
-            prompt_ids=(1,),
-            completion_ids=(2,) * (count + 1),
-            logprobs=torch.zeros(count + 1),
-            forced=torch.zeros(count + 1, dtype=torch.bool),
-            latents=latents,
-            latent_positions=tuple(range(1, count + 1)),
-            stop_reason=StopReason.EOS,
-            seed=0,
-            sigma=0.0,
-            intervention=Intervention.OWN,
-        )
-
     span = torch.randn(K, H, generator=torch.Generator().manual_seed(0))
-    same, none = rollout(span), rollout(torch.zeros(0, H))
-    found = Scored([same, none, same, rollout(-span)], [""] * 4, [True] * 4).collapse
-    assert found is not None
-    assert found.pairs == 3
-    assert found.cosine == pytest.approx(-1 / 3)
-    assert Scored([same, none], [""] * 2, [True] * 2).collapse is None
+    none = torch.zeros(0, H)
+    assert collapse_of(list(enumerate([span, none, span, -span]))) == pytest.approx(-1 / 3)
+    assert collapse_of([(0, span), (1, none)]) is None
+    assert collapse_of([(0, span), (0, -span)]) is None  # samples of one question
 
 
 def test_the_old_name_is_refused_with_the_new_one() -> None:

@@ -120,10 +120,14 @@ def test_a_folder_with_something_in_it_is_not_overwritten(tmp_path):
     assert (tmp_path / "precious.txt").read_text() == "x"
 
 
+def test_a_family_without_a_tiny_model_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no adapter for model type 'gpt'; supported are .*Qwen2\.5-VL"):
+        build_tiny(TinySpec("gpt"), tmp_path / "model")
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"family": "gpt"}, "qwen2_5_vl"),
         ({"heads": 3}, "multiple of heads"),
         ({"heads": 16, "kv_heads": 16}, "multiple of 8"),
         ({"image_size": 30}, "multiple of patch"),

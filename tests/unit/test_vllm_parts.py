@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from rl_lvr.errors import UserError
 from rl_lvr.latents.format import FormatIds, get_format
 from rl_lvr.latents.interventions import Intervention
+from rl_lvr.models import ImageFrame
 from rl_lvr.rollout import sampling as draws
 from rl_lvr.rollout.checks import Limits
 from rl_lvr.rollout.types import Request, Sampling
@@ -70,7 +71,11 @@ def test_pairs_are_warped_row_by_row_as_the_reference_warps_a_batch(rows):
 
 def test_image_tokens_are_collapsed_to_one_per_picture():
     assert collapse(0, [1, 3, 6, 6, 4, 3, 6, 4, 2], 6, 2, None) == [1, 3, 6, 4, 3, 6, 4, 2]
-    assert collapse(0, [1, 3, 6, 6, 4, 3, 6, 4, 2], 6, 2, (3, 4)) == [1, 6, 6, 2]
+    assert collapse(0, [1, 3, 6, 6, 4, 3, 6, 4, 2], 6, 2, ImageFrame(3, 4)) == [1, 6, 6, 2]
+    assert collapse(0, [1, 3, 6, 4, 3, 6, 6, 4, 2, 3, 6, 4], 6, 3, ImageFrame(3, 4)) == [1, 6, 6, 2, 6]  # side by side
+    # One token opens and closes, others stand inside; 9 is one of them, and text where it stands outside.
+    tiles = [9, 3, 8, 6, 6, 3, 8, 6, 9, 3, 7, 6, 3, 3, 7, 6, 3, 9, 2]
+    assert collapse(0, tiles, 6, 2, ImageFrame(3, 3, (7, 8, 9))) == [9, 6, 6, 9, 2]
     assert collapse(0, [1, 6, 6, 6, 6, 2], 6, 2, None) == [1, 6, 6, 2]  # pictures side by side
     with pytest.raises(UserError, match="request 5: its prompt has 2 groups of image tokens for 3 pictures"):
         collapse(5, [6, 1, 6], 6, 3, None)

@@ -18,12 +18,13 @@ from PIL import Image, UnidentifiedImageError
 
 from rl_lvr.errors import UserError
 from rl_lvr.latents.format import FormatIds, LatentFormat
+from rl_lvr.models import ImageFrame
 from rl_lvr.rollout.checks import Limits
 from rl_lvr.rollout.vllm.calls import Answer, marks_of, uncut_of, uncut_to_bytes, vectors_of
 from rl_lvr.rollout.vllm.settings import LatentSettings
 from rl_lvr.rollout.vllm.weights import Receipt
 
-VERSION = 2
+VERSION = 3
 STATUS = "/v1/latents"
 ROLLOUT = "/v1/latents/rollout"
 WEIGHTS = "/v1/latents/weights"
@@ -54,7 +55,7 @@ def settings_from_json(data: Mapping[str, Any]) -> LatentSettings:
             }
         ),
         "eos": tuple(data["eos"]),
-        "frame": None if frame is None else tuple(frame),
+        "frame": None if frame is None else ImageFrame(frame[0], frame[1], tuple(frame[2])),
     }
     return LatentSettings(**{**data, **exact})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import wraps
 from typing import Any
 
@@ -13,12 +14,13 @@ from rl_lvr.errors import UserError
 
 def prepare(dtype: torch.dtype) -> None:
     """Make ready for a model of this precision; UserError if the machine cannot run it."""
-    from vllm.model_executor.models import qwen3_vl
     from vllm.v1.sample.ops import topk_topp_sampler
 
     # Kernels that Triton's interpreter cannot run, or not in bf16. Without Triton vLLM has torch for them.
     topk_topp_sampler.HAS_TRITON = False
-    qwen3_vl.HAS_TRITON = False
+    for name, module in list(sys.modules.items()):
+        if name.startswith("vllm.model_executor.models.") and hasattr(module, "HAS_TRITON"):
+            module.HAS_TRITON = False
     allow_tiles(dtype)
     watch_reloads()
 

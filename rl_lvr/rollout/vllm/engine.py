@@ -20,7 +20,7 @@ from rl_lvr.latents.format import LatentFormat
 from rl_lvr.models.loading import checkpoint_folder
 from rl_lvr.progress import task
 from rl_lvr.rollout.types import Capability, Request, Rollout, Sampling, request_seeds
-from rl_lvr.rollout.vllm import calls, guards, memory, selftest
+from rl_lvr.rollout.vllm import calls, guards, memory, plugin, selftest
 from rl_lvr.rollout.vllm.colocated import beside_a_trainer, leave
 from rl_lvr.rollout.vllm.settings import MAX_LATENTS, as_config, settings_for_folder
 from rl_lvr.rollout.vllm.starting import one_sentence
@@ -53,6 +53,7 @@ class VLLMRolloutEngine:
         guards.check_version()
         guards.check_runtime()
         guards.check_hooks()
+        plugin.register()  # vLLM has loaded its plugins before, if a family has joined since
         folder = checkpoint_folder(model)
         require_finite_files(folder)
         self.format = format

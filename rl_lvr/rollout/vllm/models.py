@@ -1,4 +1,4 @@
-"""vLLM's model classes with a latent-aware ModelState: one mixin, one line per class.
+"""vLLM's model classes with a latent-aware ModelState: one mixin, and a subclass for each class that a family names.
 
 vLLM also builds these classes as the language model inside a vision-language model; there, and for a model without a
 latent format, the mixin does nothing.
@@ -6,17 +6,12 @@ latent format, the mixin does nothing.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
-from vllm.model_executor.models.interns1 import InternS1ForConditionalGeneration
-from vllm.model_executor.models.llava_onevision import LlavaOnevisionForConditionalGeneration
-from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
-from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
-from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
-from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
 
 from rl_lvr.errors import UserError
 from rl_lvr.latents.feedback import NAME, LatentFeedback
@@ -92,25 +87,16 @@ def _without_feedback(weights: Iterable[tuple[str, Tensor]], taken: dict[str, Te
             yield name, value
 
 
-class LatentQwen2_5VL(LatentMixin, Qwen2_5_VLForConditionalGeneration):  # noqa: N801 - the model's own name
-    pass
+def __getattr__(name: str) -> type:
+    """Return the latent subclass of vLLM's class `name`, such as `vllm.model_executor.models.qwen2.Qwen2ForCausalLM`.
 
-
-class LatentQwen3VL(LatentMixin, Qwen3VLForConditionalGeneration):
-    pass
-
-
-class LatentInternVL(LatentMixin, InternS1ForConditionalGeneration):
-    pass
-
-
-class LatentLlavaOnevision(LatentMixin, LlavaOnevisionForConditionalGeneration):
-    pass
-
-
-class LatentQwen2(LatentMixin, Qwen2ForCausalLM):
-    pass
-
-
-class LatentQwen3(LatentMixin, Qwen3ForCausalLM):
-    pass
+    vLLM looks attributes of this module up by the names that the plugin has registered, also in processes that know no
+    more than the name.
+    """
+    module, _, attribute = name.rpartition(".")
+    if not module:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    base = getattr(importlib.import_module(module), attribute)
+    latent = type(f"Latent{attribute}", (LatentMixin, base), {"__module__": __name__})
+    globals()[name] = globals()[latent.__name__] = latent
+    return latent

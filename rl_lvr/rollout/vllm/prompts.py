@@ -2,34 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rl_lvr.errors import UserError
+from rl_lvr.models import ImageFrame
 
 
-def collapse(index: int, ids: Sequence[int], image: int, pictures: int, frame: tuple[int, int] | None) -> list[int]:
-    """Prompt `ids` of request `index` with each image's tokens collapsed into one.
+def collapse(index: int, ids: Sequence[int], image: int, pictures: int, frame: ImageFrame | None) -> list[int]:
+    """Return the prompt `ids` of request `index` with each image's tokens collapsed into one.
 
-    `frame`: the tokens that vLLM writes around an image by itself and that must go too (InternVL).
+    Args:
+        image: The image token.
+        pictures: How many images the request has.
+        frame: The tokens that vLLM writes around an image by itself, and that must go too.
     """
+    blocks = list(_blocks(ids, image, frame))
+    if len(blocks) == 1:  # images without a token in between
+        (block,) = blocks
+        return [*ids[: block.start], *[image] * pictures, *ids[block.stop :]]
+    if len(blocks) != pictures:
+        raise UserError(
+            f"request {index}: its prompt has {len(blocks)} groups of image tokens for {pictures} pictures: give every "
+            "picture, in the prompt's order."
+        )
     short: list[int] = []
-    runs = 0
-    for token in ids:
-        if token == image:
-            if short and short[-1] == image:
-                continue
-            if frame is not None and short and short[-1] == frame[0]:
-                short.pop()
-            runs += 1
-        elif frame is not None and token == frame[1] and short and short[-1] == image:
+    begin = 0
+    for block in blocks:
+        short += [*ids[begin : block.start], image]
+        begin = block.stop
+    return [*short, *ids[begin:]]
+
+
+def _blocks(ids: Sequence[int], image: int, frame: ImageFrame | None) -> Iterator[range]:
+    """The places of each image's tokens, with the frame around them. Images side by side without a frame are one."""
+    inside = {image} if frame is None else {image, frame.first, frame.last, *frame.between}
+    at = 0
+    while at < len(ids):
+        if ids[at] not in inside:
+            at += 1
             continue
-        short.append(token)
-    if runs == pictures:
-        return short
-    if runs == 1:  # images without a token in between
-        at = short.index(image)
-        return [*short[:at], *[image] * pictures, *short[at + 1 :]]
-    raise UserError(
-        f"request {index}: its prompt has {runs} groups of image tokens for {pictures} pictures: give every picture, "
-        "in the prompt's order."
-    )
+        begin = at
+        while at < len(ids) and ids[at] in inside:
+            at += 1
+            if frame is not None and tuple(ids[at - 1 : at + 1]) == (frame.last, frame.first):
+                break  # the next image follows at once
+        edges = {image} if frame is None else {image, frame.first, frame.last}
+        places = [place for place in range(begin, at) if ids[place] in edges]
+        if image in ids[begin:at]:
+            yield range(places[0], places[-1] + 1)

@@ -12,13 +12,10 @@ from typing import Any
 
 from rl_lvr.errors import UserError, near_miss
 from rl_lvr.latents.format import FORMAT_FILE, LatentFormat, get_format
-from rl_lvr.models.registry import family_class
+from rl_lvr.models import Family, ImageFrame, family_of
 from rl_lvr.rollout.binding import Bound, bound
 from rl_lvr.rollout.types import Request
 
-FRAMED = ("internvl",)
-SINGLE = ("llava_onevision",)
-"""vLLM cuts every image into tiles, transformers only one that is alone in its row."""
 MAX_LATENTS = 128
 _KEYS = ("format", "max_latents")
 
@@ -32,7 +29,7 @@ class LatentSettings(Bound):
     text_only: bool
     single_picture: bool
     """Prompts with several images look different to vLLM than to transformers."""
-    frame: tuple[int, int] | None
+    frame: ImageFrame | None
     """Tokens around an image that vLLM writes by itself, beside the image tokens."""
 
     @property
@@ -104,14 +101,28 @@ def bind(
     """The settings for a model of this transformers config and tokenizer."""
     if max_latents < 1:
         raise UserError(f"max_latents is {max_latents}; it must be at least 1.")
-    family = family_class(config.model_type)(config)
+    family = family_of(config)
+    _require_class(family)
     found = bound(format_, family, tokenizer, generation_eos, max_positions)
-    frame = None
-    if config.model_type in FRAMED:
-        placeholders = family.placeholder_ids(tokenizer)
-        frame = placeholders["vision_start"], placeholders["vision_end"]
-    single = config.model_type in SINGLE
-    return LatentSettings(found.markers, found.limits, found.eos, max_latents, family.text_only, single, frame)
+    return LatentSettings(
+        found.markers,
+        found.limits,
+        found.eos,
+        max_latents,
+        text_only=family.text_only,
+        single_picture=family.vllm_single_picture,
+        frame=family.vllm_frame(tokenizer),
+    )
+
+
+def _require_class(family: Family) -> None:
+    """Refuse a model that vLLM would run without latents, as its own class."""
+    architectures = family.config.architectures or ()
+    if not any(architecture in family.vllm_classes for architecture in architectures):
+        raise UserError(
+            f"{family.name} names no class of vLLM for {', '.join(architectures) or 'a config without architectures'}: "
+            f"add it to {type(family).__name__}.vllm_classes, or use the engine hf."
+        )
 
 
 def check_room(request: Request, settings: LatentSettings) -> None:

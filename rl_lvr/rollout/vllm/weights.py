@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rl_lvr.errors import UserError
+from rl_lvr.models import family_of
 from rl_lvr.wrapping import gathered, sharded, unwrapped
 
 PROBES = 16
@@ -164,6 +165,7 @@ def checkpoint_weights(
         UserError: Adapters give the head of a tied model another weight than its embedding, which vLLM cannot hold.
     """
     base: Any = unwrapped(model)
+    family = family_of(base)
     tied = base.config.get_text_config().tie_word_embeddings
     embedding, looked_up = base.get_input_embeddings().weight, 0.0
     for units in _buckets(base, bucket):
@@ -186,7 +188,7 @@ def checkpoint_weights(
                     if unit.holds(embedding):
                         receipt.rows = float(value[:PROBES].to(dtype).double().abs().mean())
                         looked_up = _head(value, dtype)
-                    yield _released(name, base.config), value
+                    yield family.released_name(name), value
 
 
 def _head(weight: Tensor, dtype: torch.dtype) -> float:
@@ -280,11 +282,3 @@ def _buckets(base: Any, bucket: int) -> Iterator[list[_Unit]]:
         size += unit.size
     if units:
         yield units
-
-
-def _released(name: str, config: Any) -> str:
-    """transformers 5 dropped a level from SigLIP's names, which vLLM's loader expects."""
-    tower = "model.vision_tower."
-    if config.model_type == "llava_onevision" and name.startswith(tower) and "vision_model." not in name:
-        return name.replace(tower, f"{tower}vision_model.")
-    return name

@@ -9,6 +9,7 @@ from typing import Any
 from trl import GRPOConfig
 
 from rl_lvr.errors import UserError
+from rl_lvr.rollout.options import ENGINES
 from rl_lvr.training.grpo.policies import policy_of
 from rl_lvr.training.grpo.rules import rules_of
 from rl_lvr.training.runs import settings
@@ -21,7 +22,6 @@ from rl_lvr.training.runs.settings import (
     require_words,
 )
 
-ENGINES = ("hf", "vllm", "server")
 TRL_CHOICES: dict[str, tuple[Any, ...]] = {
     "loss_type": ("grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"),
     "importance_sampling_level": ("token", "sequence"),

@@ -11,16 +11,15 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from rl_lvr.errors import UserError, near_miss
+from rl_lvr.errors import UserError
 from rl_lvr.latents.format import LatentFormat
+from rl_lvr.rollout.options import SERVER_OPTIONS, VLLM_OPTIONS, require_known_engine, require_known_options
 from rl_lvr.rollout.sleeping import Sleeper
 from rl_lvr.rollout.types import RolloutEngine
-from rl_lvr.training.grpo.config import ENGINES, LatentGRPOConfig
+from rl_lvr.training.grpo.config import LatentGRPOConfig
 from rl_lvr.training.runs.arguments import refuse_other_vocabulary
 
 _log = logging.getLogger(__name__)
-VLLM_OPTIONS = ("max_model_len", "max_num_seqs", "max_latents", "dtype", "gpu_memory_utilization", "engine_args")
-SERVER_OPTIONS = ("url", "weights_folder", "concurrency", "timeout")
 MOST_ROWS = 256
 """`max_num_seqs` is the generation batch of a process, but not more than this unless it is asked for."""
 
@@ -31,8 +30,7 @@ def check_engine(name: str, options: Mapping[str, Any] | None, config: LatentGRP
     Needs no model, so that a recipe can be refused before one is loaded.
     """
     given = dict(options or {})
-    if name not in ENGINES:
-        raise UserError(f"no engine {name!r}{_hint(name, ENGINES)}")
+    require_known_engine(name)
     if name == "server":
         return _server_options(given, config)
     if name == "hf":
@@ -42,7 +40,7 @@ def check_engine(name: str, options: Mapping[str, Any] | None, config: LatentGRP
             raise UserError("engine_sleep is on, but the engine hf is the model itself: leave it out.")
         refuse_length(config, "hf")
         return given
-    _require_known(name, given, VLLM_OPTIONS)
+    require_known_options(name, given, VLLM_OPTIONS)
     rows = config.per_device_train_batch_size * config.steps_per_generation
     given = {"max_num_seqs": min(rows, MOST_ROWS), "max_model_len": config.vllm_max_model_length} | given
     longest, answer = given["max_model_len"], config.max_completion_length
@@ -72,7 +70,7 @@ def refuse_length(config: LatentGRPOConfig, engine: str) -> None:
 
 
 def _server_options(given: dict[str, Any], config: LatentGRPOConfig) -> dict[str, Any]:
-    _require_known("server", given, SERVER_OPTIONS)
+    require_known_options("server", given, SERVER_OPTIONS)
     if config.engine_sleep:
         raise UserError("engine_sleep is on, but a server does not sleep: leave it out.")
     refuse_length(config, "server")
@@ -146,13 +144,3 @@ def _dtype(model: nn.Module, config: LatentGRPOConfig) -> str:
     if config.bf16 or config.fp16:
         return "bfloat16" if config.bf16 else "float16"
     return str(next(model.parameters()).dtype).removeprefix("torch.")
-
-
-def _require_known(engine: str, given: Mapping[str, Any], known: tuple[str, ...]) -> None:
-    for key in given:
-        if key not in known:
-            raise UserError(f"engine_options of {engine} has no {key!r}{_hint(key, known)}")
-
-
-def _hint(name: str, known: tuple[str, ...]) -> str:
-    return near_miss(name, known, f"; choose from {', '.join(known)}.")

@@ -6,16 +6,19 @@ without images, which processors do not take in one call, are processed apart an
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
+from trl import GRPOTrainer
 
 from rl_lvr.models import Family, family_of
 
 _SHOWN = ("prompt", "image", "images")
+_PASS = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
 
 
 def with_image_lists(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -89,7 +92,7 @@ class OncePerPrompt:
 
     @property
     def image_processor(self) -> Any:
-        """TRL gives it the images of all rows, to count InternVL's tiles."""
+        """TRL gives it the images of all rows, to count tiles."""
         return _WithoutEmptyRows(self._processor.image_processor)
 
     def _apart(self, counts: Sequence[int], call: Callable[[Sequence[int]], Any]) -> Any:
@@ -130,6 +133,11 @@ def without_empty_images(
     if any(images_per_row[row] for row in rows):
         return inputs
     return {name: value for name, value in inputs.items() if name not in family.image_keys}
+
+
+def known_to_trl(family: Family, inputs: dict[str, Any]) -> dict[str, Any]:
+    """`inputs` of a pass without the family's image inputs that TRL's method does not take."""
+    return {name: value for name, value in inputs.items() if name in _PASS or name not in family.image_keys}
 
 
 class WithoutEmptyImages:

@@ -89,11 +89,10 @@ class FedModel:
         latents = self._latents.select(list(rows))
         if self._images_per_row:
             inputs = without_empty_images(self._family, inputs, self._images_per_row, rows)
-        if "batch_num_images" in self._family.image_keys and self._images_per_row and "pixel_values" in inputs:
-            # LLaVA-OneVision treats rows of several images differently; TRL drops what tells them apart.
-            counts = [self._images_per_row[row] for row in rows if self._images_per_row[row]]
-            inputs["batch_num_images"] = torch.tensor(counts, device=input_ids.device)
         images = {key: inputs[key] for key in self._family.image_keys if key in inputs}
+        if self._images_per_row:
+            images = self._family.complete_images(images, [self._images_per_row[row] for row in rows])
+            inputs |= images
         # Explicit positions, as the engines': transformers would guess 1-D ones for M-RoPE batches without an image.
         inputs["position_ids"] = self._family.positions(self._model, input_ids, attention_mask, images).prefill
         if self._recompute is not None:

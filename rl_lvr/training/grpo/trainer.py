@@ -32,7 +32,7 @@ from rl_lvr.training.grpo.checks import Checks, check_settings, refuse_control_t
 from rl_lvr.training.grpo.columns import read_completions, reward_columns, with_columns
 from rl_lvr.training.grpo.config import ARGUMENTS_WITH_LATENTS, LatentGRPOConfig
 from rl_lvr.training.grpo.filtering import Idle, level_rows
-from rl_lvr.training.grpo.inputs import OncePerPrompt, WithoutEmptyImages, with_image_lists
+from rl_lvr.training.grpo.inputs import OncePerPrompt, WithoutEmptyImages, known_to_trl, with_image_lists
 from rl_lvr.training.grpo.latent_run import LatentRun, latent_run
 from rl_lvr.training.grpo.loss import latent_term
 from rl_lvr.training.grpo.resuming import Place, Reference
@@ -296,7 +296,7 @@ class LatentGRPOTrainer(Resumable, GRPOTrainer):
             latents, input_ids, attention_mask = latents.select(rows), input_ids[rows], attention_mask[rows]
             others = batch.kept.select(others)
         fed = run.fed(model, latents, start, self.temperature, others.get("num_images"), scores=scores)
-        others.pop("batch_num_images", None)  # the parent's signature lacks LLaVA-OneVision's; the pass makes it anew
+        others = known_to_trl(family_of(model), others)  # the pass completes the rest
         self.timing.note_work("loss" if batch.in_loss else "score", attention_mask, logits_to_keep)
         with (
             nullcontext() if batch.in_loss else self.timing("score"),

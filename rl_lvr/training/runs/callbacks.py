@@ -16,8 +16,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from rl_lvr import progress
 from rl_lvr.errors import UserError
-from rl_lvr.evaluation.accuracy import AnswerSet
-from rl_lvr.latents.interventions import Intervention
+from rl_lvr.evaluation.conditions import parse_conditions
+from rl_lvr.evaluation.evaluate import Judge, collapse_of
+from rl_lvr.evaluation.plan import Plan
+from rl_lvr.evaluation.questions import Questions
+from rl_lvr.evaluation.report import OWN, summarise
 from rl_lvr.rollout.types import RolloutEngine, Sampling
 
 
@@ -141,12 +144,13 @@ class LatentAccuracy(TrainerCallback):
     Every process answers the same records: under ZeRO-3 each forward pass needs all of them.
     """
 
-    def __init__(self, questions: AnswerSet, engine: RolloutEngine, trainer: Trainer) -> None:
+    def __init__(self, questions: Questions, engine: RolloutEngine, judge: Judge, trainer: Trainer) -> None:
         self.questions = questions
         self.engine = engine
+        self.judge = judge
         self.trainer: Any = trainer
         self.every: int = trainer.args.latent_eval_steps
-        self.conditions = [Intervention(name) for name in trainer.args.latent_eval_conditions]
+        self.conditions = parse_conditions(trainer.args.latent_eval_conditions)
         self.sampling = Sampling(
             max_tokens=trainer.args.latent_eval_max_tokens, temperature=0.0, seed=trainer.args.seed
         )
@@ -154,17 +158,26 @@ class LatentAccuracy(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step % self.every and state.global_step < state.max_steps:
             return
+        plan = Plan(
+            self.questions,
+            self.conditions,
+            self.sampling,
+            oracles=lambda rows: self.questions.oracles(self.trainer.model, rows),
+            at_once=self.trainer.args.latent_eval_batch,
+        )
         with self.trainer.accelerator.autocast():
-            found = self.questions.answer(self.engine, self.trainer.model, self.conditions, self.sampling)
-        figures = {f"latent/accuracy_{name}": result.accuracy for name, result in found.scored.items()}
-        figures |= {f"latent/unreadable_{name}": result.unreadable for name, result in found.scored.items()}
-        own = found.scored.get(Intervention.OWN.value)
-        if own is not None:
-            figures["latent/rate"] = sum(bool(len(r.latents)) for r in own.rollouts) / len(own.rollouts)
-            if own.collapse is not None:
-                figures["latent/collapse_own"] = own.collapse.cosine
+            answered = [one for call in plan.run(self.engine) for one in call]
+        tables = summarise([self.judge.row(self.questions, one) for one in answered])["conditions"]
+        figures = {f"latent/accuracy_{name}": table["accuracy"] for name, table in tables.items()}
+        figures |= {f"latent/unreadable_{name}": table["unreadable"] for name, table in tables.items()}
+        if OWN in tables:
+            figures["latent/rate"] = tables[OWN]["trigger_rate"]
+            own = [(one.item.question, one.latents) for one in answered if one.item.condition.name == OWN]
+            collapse = collapse_of(own)
+            if collapse is not None:
+                figures["latent/collapse_own"] = collapse
         if state.is_world_process_zero:
-            for name, why in found.undefined.items():
+            for name, why in plan.undefined.items():
                 print(f"step {state.global_step}: no accuracy under {name}: {why}", file=sys.stderr)
         # TRL averages what stands here into the step's own row: a row of its own would empty that one.
         for name, figure in figures.items():

@@ -14,7 +14,9 @@ from trl import ModelConfig
 
 from rl_lvr.data.encoding import Encoder
 from rl_lvr.errors import Fault, UserError
-from rl_lvr.evaluation.accuracy import AnswerSet
+from rl_lvr.evaluation.evaluate import Judge
+from rl_lvr.evaluation.questions import Questions
+from rl_lvr.evaluation.rows import Rule
 from rl_lvr.finite import first_not_finite
 from rl_lvr.rollout.hf import HFRolloutEngine
 from rl_lvr.training.runs.callbacks import LatentAccuracy, MetricsFile, Progress, StopAt
@@ -40,7 +42,7 @@ class Run:
 
 
 def execute(
-    run: Run, build: Callable[[list[TrainerCallback]], Resumable], encoder: Encoder, questions: AnswerSet | None
+    run: Run, build: Callable[[list[TrainerCallback]], Resumable], encoder: Encoder, questions: Questions | None
 ) -> int:
     """Train, and return the exit code. `build` makes the trainer with the callbacks that it is given."""
     config = run.config
@@ -58,7 +60,9 @@ def execute(
         engine = HFRolloutEngine(
             trainer.model, encoder.processor, encoder.markers.format, batch_size=config.latent_eval_batch
         )
-        trainer.add_callback(LatentAccuracy(questions, engine, trainer))
+        trainer.add_callback(
+            LatentAccuracy(questions, engine, Judge(encoder.tokenizer, encoder.markers, Rule()), trainer)
+        )
     interrupt.install(trainer.stopping)
     if trainer.is_world_process_zero():
         if config.overwrite and run.start.checkpoint is None:

@@ -22,7 +22,8 @@ from rl_lvr.data.check import Judge, Report, require_valid
 from rl_lvr.data.encoding import Encoded, Encoder
 from rl_lvr.data.records import Records
 from rl_lvr.errors import UserError
-from rl_lvr.evaluation.accuracy import AnswerSet
+from rl_lvr.evaluation.questions import Question, Questions
+from rl_lvr.evaluation.rows import Rule
 from rl_lvr.latents.feedback import attach_feedback
 from rl_lvr.latents.format import LatentFormat
 from rl_lvr.models import Family, load_processor, load_weights
@@ -140,7 +141,7 @@ def load_start(start: Start, config: RunConfig, model_config: ModelConfig, encod
     return model
 
 
-def questions_of(records: Records, encoded: Sequence[Encoded], encoder: Encoder, config: RunConfig) -> AnswerSet:
+def questions_of(records: Records, encoded: Sequence[Encoded], encoder: Encoder, config: RunConfig) -> Questions:
     """The records of eval_file that are answered under interventions during training."""
     if encoder.markers is None:
         raise UserError("latent_eval_steps is set but latent_format is none: there are no latents to intervene on.")
@@ -160,8 +161,10 @@ def questions_of(records: Records, encoded: Sequence[Encoded], encoder: Encoder,
         raise UserError(
             "eval_file has records without latent targets: take oracle out of latent_eval_conditions, or add targets."
         )
-    answers = [record.answer for record in chosen if record.answer is not None]
-    return AnswerSet(rows, answers, encoder.family, encoder.tokenizer, config.latent_eval_batch)
+    questions = [Question(record.id, record.answer) for record in chosen if record.answer is not None]
+    for question in questions:
+        Rule().judge("", question.answer)
+    return Questions(questions, lambda chosen: [rows[row] for row in chosen], encoder.family)
 
 
 def adapter_of(model_config: ModelConfig, model: nn.Module, family: Family) -> Any:
