@@ -20,7 +20,7 @@ def prepare(dtype: torch.dtype) -> None:
     topk_topp_sampler.HAS_TRITON = False
     for name, module in list(sys.modules.items()):
         if name.startswith("vllm.model_executor.models.") and hasattr(module, "HAS_TRITON"):
-            module.HAS_TRITON = False
+            vars(module)["HAS_TRITON"] = False
     allow_tiles(dtype)
     watch_reloads()
 
