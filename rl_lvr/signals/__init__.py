@@ -2,6 +2,7 @@
 
 from rl_lvr.signals.collapse import Collapse, between_samples, pooled
 from rl_lvr.signals.forward import Column
+from rl_lvr.signals.image_map import ImageMap, image_map
 from rl_lvr.signals.measuring import Measured, measure
 from rl_lvr.signals.probe import Probe, Reading
 from rl_lvr.signals.regions import Regions, find_regions
@@ -11,6 +12,7 @@ __all__ = [
     "SIGNALS",
     "Collapse",
     "Column",
+    "ImageMap",
     "Measured",
     "Probe",
     "Reading",
@@ -18,6 +20,7 @@ __all__ = [
     "SignalSpec",
     "between_samples",
     "find_regions",
+    "image_map",
     "measure",
     "parse_signals",
     "pooled",
