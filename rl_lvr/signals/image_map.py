@@ -76,6 +76,7 @@ def image_map(
 
     Raises:
         ValueError: If the batch's image tokens are not those of its images, or a query is padding.
+        UserError: If no token of an image shows it whole (`Family.token_grid`).
     """
     family = family_of(model)
     regions = find_regions(batch.ids, batch.mask, batch.completion, markers, family.image_token)
