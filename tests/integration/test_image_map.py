@@ -65,7 +65,7 @@ def agrees(case: Case, **how: Any) -> Tensor:
     assert truth.shape[-1] >= 100  # beyond the labels of a mass
     some = Reading("image_map", (-1, 0), (1,))
     layers, heads = Reading("image_map", (-1, 0), by_layer=True), Reading("image_map", None, (1, 0), by_head=True)
-    got, mean, part, by_layer, by_head = probed(case, EVERY, Reading("image_map"), some, layers, heads, **how)
+    mean, got, part, by_layer, by_head = probed(case, Reading("image_map"), EVERY, some, layers, heads, **how)
     assert got.shape == truth.shape
     assert (got - truth).abs().max() < CLOSE
     assert (mean - truth.mean((1, 2))).abs().max() < CLOSE

@@ -25,6 +25,7 @@ def rig(request, tiny_folder, tmp_path_factory) -> VLLMRig:
 
 def test_all_signals_are_measured(rig):
     engine = rig.engine(FORMAT)
+    assert rig.family.image_token == -1
     rollouts = engine.generate(rig.requests(), replace(SAMPLED, seed=1))
     assert max(len(rollout.latent_positions) for rollout in rollouts) >= 3
     batch = replay_batch(rig.model, rollouts, [{} for _ in rollouts])

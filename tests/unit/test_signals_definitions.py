@@ -47,7 +47,8 @@ def pass_of(vectors: Tensor) -> Forward:
     def vocabulary(top_k: int) -> VocabStats:
         states = vectors.flatten(0, 1)[rows]
         chosen = torch.full((len(rows),), END)
-        return vocab_stats(states, drawn(VOCABULARY, HIDDEN, seed=9), chosen=chosen, top_k=top_k, backend="torch")
+        head = drawn(VOCABULARY, HIDDEN, seed=9).to(vectors.dtype)
+        return vocab_stats(states, head, chosen=chosen, top_k=top_k, backend="torch")
 
     mass = drawn(regions.labels.numel(), LABELS, seed=8).softmax(-1)
     return Forward(
@@ -74,6 +75,16 @@ def test_gradients_are_exact(entry: Any) -> None:
     (gradient,) = torch.autograd.grad(function(vectors).values.sum(), vectors)
     assert float(gradient[:2].abs().max()) > 1e-3
     assert float(gradient[2].abs().max()) == 0  # a rollout without latents
+
+
+@pytest.mark.parametrize("entry", [*VECTORS, *MORE], ids=str)
+def test_gradients_in_single_precision(entry: Any) -> None:
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        vectors = drawn(len(ROWS), WIDTH, HIDDEN).to(dtype).requires_grad_()
+        found += torch.autograd.grad(function_of(entry)(vectors).values.sum(), vectors)
+    assert found[1].dtype == torch.float32
+    assert (found[0] - found[1]).abs().max() < 1e-5
 
 
 def test_a_value_that_is_cut_off_from_its_pass_has_no_gradient() -> None:
