@@ -156,11 +156,6 @@ class Family(ABC):
         """Width of the text model, hence of a latent."""
         return int(self.config.get_text_config().hidden_size)
 
-    @property
-    def image_token(self) -> int:
-        """Id of the token at whose places image features stand; -1 in a family without images."""
-        return -1 if self.text_only else int(self.config.image_token_id)
-
     def positions(
         self,
         model: nn.Module,
