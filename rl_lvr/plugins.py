@@ -62,11 +62,23 @@ def find(kind: Kind, reference: str, beside: Path | None = None) -> Found:
     what = f"{kind.word} {reference!r}"
     if not place or not attribute.isidentifier():
         raise UserError(f"{what} is not of the form package.module:{kind.thing} or path/file.py:{kind.thing}.")
-    if place.endswith(".py") or "/" in place:
+    if _is_file(place):
         module, where = _module_of_file(what, Path(place), beside), place
     else:
         module, where = _module(what, place), place
     return Found(attribute, f"{where}:{attribute}", _attribute(what, kind, module, attribute))
+
+
+def located(reference: str, beside: Path | None) -> str:
+    """`reference` with the file that it names as `find` would find it: in the folder `beside` where it is not here."""
+    place, _, attribute = reference.rpartition(":")
+    if beside is None or not _is_file(place) or Path(place).is_file() or not (beside / place).is_file():
+        return reference
+    return f"{beside / place}:{attribute}"
+
+
+def _is_file(place: str) -> bool:
+    return place.endswith(".py") or "/" in place
 
 
 def load_entry_point(kind: Kind, point: EntryPoint) -> Found:

@@ -48,6 +48,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--vectors", metavar="FILE", help="for given, swap (first row) and mean (over rows): a file of --save-latents"
     )
     latents.add_argument("--filler", metavar="TEXT", default=".", help="for plain_tokens: text of one token (.)")
+    latents.add_argument(
+        "--latent-start",
+        default="free",
+        metavar="HOW",
+        help="the start token of spans: free, forced as the first token, forbidden, or 'bias X' on its logit (free)",
+    )
     latents.add_argument("--sigma", type=float, default=0.0, help="exploration noise on own latents (0)")
     latents.add_argument("--save-latents", metavar="FILE", help="write the fed vectors as safetensors")
     drawing = parser.add_argument_group("sampling")
@@ -67,6 +73,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from rl_lvr.latents.feedback import attach_feedback
+    from rl_lvr.latents.starting import LatentStart
     from rl_lvr.models.loading import checkpoint_folder, load_processor, load_weights
     from rl_lvr.rollout.types import Sampling, latent_batch
 
@@ -81,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         stop=tuple(args.stop),
         sigma=args.sigma,
+        latent_start=LatentStart.parse(args.latent_start),
     )
     _check(args)
     folder = checkpoint_folder(args.model)
@@ -267,6 +275,7 @@ def _print(args: argparse.Namespace, engine: Any, rollouts: Sequence[Rollout]) -
             f"{len(answer['completion_ids'])} tokens",
             f"{answer['latents']} latents" + (f" of norm {min(norms):.3g} to {max(norms):.3g}" if norms else ""),
             f"intervention {answer['intervention']}",
+            *([] if answer["latent_start"] == "free" else [f"latent_start {answer['latent_start']}"]),
             f"seed {answer['seed']}",
         ]
         print(answer["text"])

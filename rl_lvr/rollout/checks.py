@@ -11,8 +11,9 @@ from rl_lvr.errors import UserError
 from rl_lvr.latents.format import FormatIds
 from rl_lvr.latents.interventions import Intervention
 from rl_lvr.latents.spans import find_spans
+from rl_lvr.latents.starting import LatentStart
 from rl_lvr.rollout.spanstate import open_span
-from rl_lvr.rollout.types import Request
+from rl_lvr.rollout.types import Request, start_of
 
 _Need = Callable[[bool, str], None]
 
@@ -65,6 +66,7 @@ def check_request(index: int | str, request: Request, markers: FormatIds, limits
     else:
         need(tokens == 0, f"the prompt has {tokens} image tokens but no image is given.")
     _check_intervention(request, markers, limits, need)
+    _check_latent_start(request, markers, need)
     _check_prompt_latents(request, markers, limits, need)
 
 
@@ -100,6 +102,22 @@ def _check_intervention(request: Request, markers: FormatIds, limits: Limits, ne
             ordinary = 0 <= filler < limits.vocabulary and filler not in limits.special_ids
             ordinary = ordinary and filler not in (*markers.never_sampled, markers.start)
             need(ordinary, f"filler_id {filler} is no ordinary token: choose the id of a piece of plain text.")
+
+
+def _check_latent_start(request: Request, markers: FormatIds, need: _Need) -> None:
+    start = start_of(request)
+    if not (start.forced or start.biased):
+        return
+    need(
+        markers.format.feedback != "none",
+        f"latent_start is {str(start)!r}, but latent format {markers.format.name!r} generates no latents: "
+        "leave latent_start out.",
+    )
+    need(
+        request.intervention is not Intervention.NONE,
+        f"latent_start is {str(start)!r}, but intervention 'none' forbids START: "
+        "give this request latent_start 'free'.",
+    )
 
 
 def _check_prompt_latents(request: Request, markers: FormatIds, limits: Limits, need: _Need) -> None:
@@ -138,6 +156,11 @@ def _check_prompt_latents(request: Request, markers: FormatIds, limits: Limits, 
             f"the prompt has a latent at position {missing[0]} ({len(missing)} in all) for which prompt_latents gives "
             "no vector: pass the vectors that an engine returned for them.",
         )
+
+
+def opens_span(request: Request, start: LatentStart, markers: FormatIds) -> bool:
+    """Whether the engine writes START as the first token of the completion: not where the prompt left a span open."""
+    return start.forced and open_span(request.prompt_ids, markers) is None
 
 
 def starts_with_own(request: Request, markers: FormatIds) -> bool:

@@ -9,84 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rl_lvr.forward.batch import batch_images
 from rl_lvr.forward.inject import inject
 from rl_lvr.latents.batch import LatentBatch
 from rl_lvr.latents.feedback import feedback
-from rl_lvr.latents.format import FormatIds
 from rl_lvr.latents.interventions import Intervention
-from rl_lvr.models import Family, Positions
-from rl_lvr.rollout import sampling as draws
+from rl_lvr.models import Positions
 from rl_lvr.rollout.checks import starts_with_own
+from rl_lvr.rollout.choosing import SCORES, Chooser
 from rl_lvr.rollout.feeding import VectorSource
+from rl_lvr.rollout.parts import Parts, Rows
 from rl_lvr.rollout.spanstate import NOT_FORCED, SpanState
 from rl_lvr.rollout.stops import StopStrings
-from rl_lvr.rollout.types import Request, Rollout, Sampling, StopReason, Uncut
-from rl_lvr.wrapping import input_embeddings
-
-_SCORES = 3
-"""Of a chosen token: its log-prob, its log-prob before penalty and cut, and the log of the kept mass."""
-
-
-@dataclass(frozen=True)
-class Parts:
-    """A model taken apart for decoding."""
-
-    model: nn.Module
-    family: Family
-    core: nn.Module
-    head: nn.Module
-    markers: FormatIds
-    eos: tuple[int, ...]
-    pad: int
-    max_positions: int
-
-    @property
-    def embedding(self) -> Any:
-        return input_embeddings(self.model)
-
-    @property
-    def device(self) -> torch.device:
-        return self.embedding.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.embedding.weight.dtype
-
-    @property
-    def hidden_size(self) -> int:
-        return self.family.hidden_size
-
-    @property
-    def vocabulary(self) -> int:
-        """Read from the config: under ZeRO-3 the weight is empty on this rank."""
-        return int(self.family.config.get_text_config().vocab_size)
-
-
-@dataclass
-class _Rows:
-    """What the loop knows about each row that still runs."""
-
-    index: Tensor
-    """Row of the batch as it began."""
-    seeds: Tensor
-    prompt: Tensor
-    """Tokens in the prompt, padding excluded: the absolute position of the first new token."""
-    limit: Tensor
-    """Tokens that the row may write."""
-    no_start: Tensor
-    """Bool, START cannot be drawn."""
-    filler: Tensor
-    done: Tensor
-
-    def select(self, rows: Tensor) -> _Rows:
-        return _Rows(*(getattr(self, field.name)[rows] for field in fields(self)))
+from rl_lvr.rollout.types import Request, Rollout, Sampling, StopReason, Uncut, distorts, start_of
 
 
 @dataclass(frozen=True)
@@ -113,40 +54,22 @@ class BatchDecoder:
         self._parts, self._markers, self._sampling = parts, markers, sampling
         self._requests, self._seeds = requests, seeds
         self._stops = stops
-        self._thinks = markers.start is not None and markers.format.feedback == "hidden"
+        self._thinks = parts.thinks
         self._opens = [starts_with_own(request, markers) for request in requests]
         if len(set(self._opens)) != 1:
             raise ValueError("a batch mixes prompts with and without an opening latent of their own.")
 
-        def column(values: Sequence[int | bool]) -> Tensor:
-            return torch.tensor(values, device=device)
-
-        lengths = [len(request.prompt_ids) for request in requests]
-        self._rows = _Rows(
-            index=torch.arange(len(requests), device=device),
-            seeds=column(list(seeds)),
-            prompt=column(lengths),
-            limit=column([min(sampling.max_tokens, parts.max_positions - n) for n in lengths]),
-            no_start=column([not self._thinks or r.intervention is Intervention.NONE for r in requests]),
-            filler=column([parts.pad if r.filler_id is None else r.filler_id for r in requests]),
-            done=torch.zeros(len(requests), dtype=torch.bool, device=device),
-        )
-        self._bans_start = markers.start is not None and bool(self._rows.no_start.any())
+        self._rows = Rows.of(requests, seeds, sampling, parts)
+        self._chooser = Chooser(parts, requests, sampling, self._rows)
         self._state = SpanState.of(requests, markers, device)
         self._source = VectorSource(requests, self._rows.seeds, sampling, parts.hidden_size, parts.dtype)
-        self._banned = column(list(markers.never_sampled))
-        self._ends = column(sorted({*parts.eos, *sampling.stop_token_ids}))
-        self._seen = (
-            None
-            if sampling.repetition_penalty == 1.0
-            else draws.seen_tokens([list(r.prompt_ids) for r in requests], parts.vocabulary, device)
-        )
+        self._ends = torch.tensor(sorted({*parts.eos, *sampling.stop_token_ids}), device=device)
 
         steps = int(self._rows.limit.max())
         shape = (len(requests), steps)
         self._steps = steps
         self._tokens = torch.zeros(shape, dtype=torch.long, device=device)
-        self._scores = torch.zeros(_SCORES, *shape, dtype=torch.float32, device=device)
+        self._scores = torch.zeros(SCORES, *shape, dtype=torch.float32, device=device)
         self._forced = torch.zeros(shape, dtype=torch.bool, device=device)
         self._length = torch.zeros(len(requests), dtype=torch.long, device=device)
         self._reasons = [StopReason.LENGTH] * len(requests)
@@ -166,7 +89,7 @@ class BatchDecoder:
             hidden = self._open(hidden)
         draws_any = True
         for step in range(self._steps):
-            drawn, scores, forced = self._choose(hidden, step, draws_any)
+            drawn, scores, forced = self._chooser(hidden, self._rows, self._state, step, draws_any=draws_any)
             token = self._write(step, drawn, scores, forced)
             counted = self._state.advance(drawn, self._markers) if self._thinks else torch.zeros_like(forced)
             feed = counted & self._source.feeds & ~self._rows.done
@@ -183,43 +106,6 @@ class BatchDecoder:
             hidden = self._step(token, vectors, feed)
         return self._rollouts()
 
-    def _choose(self, hidden: Tensor, step: int, draws_any: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """The next token of every row, its `_SCORES` [3, B], and whether it was forced."""
-        rows, markers = self._rows, self._markers
-        wanted = self._state.forced(markers) if self._thinks else torch.full_like(rows.index, NOT_FORCED)
-        forced = wanted != NOT_FORCED
-        if not draws_any:
-            return wanted.where(forced, self._parts.pad), self._scores.new_zeros(_SCORES, len(wanted)), forced
-        positions = rows.prompt + step
-        greedy = self._sampling.temperature == 0.0
-        raw = self._parts.head(hidden).float()
-        logits = draws.ban(raw, self._banned)
-        if self._bans_start:
-            assert markers.start is not None
-            logits = draws.ban_in_rows(logits, markers.start, rows.no_start)
-        whole = logits
-        if self._seen is not None:
-            logits = draws.penalise(logits, self._seen, self._sampling.repetition_penalty)
-        warped = draws.warp(logits, self._sampling)
-        token, logprobs = draws.draw(warped, rows.seeds, positions, greedy=greedy)
-        scores = self._score(whole, warped, token, logprobs)
-        if self._thinks and markers.format.length == "free":
-            assert markers.end is not None
-            pair = draws.end_or_not(raw, markers.end)
-            warped = draws.warp(pair, self._sampling)
-            going_on, logprobs = draws.decide(warped, rows.seeds, positions, greedy=greedy)
-            inside = self._state.inside
-            token = torch.where(inside, torch.where(going_on == 0, markers.end, markers.slot), token)
-            scores = torch.where(inside, self._score(pair, warped, going_on, logprobs), scores)
-        return torch.where(forced, wanted, token), scores.masked_fill(forced, 0.0), forced
-
-    def _score(self, whole: Tensor, warped: Tensor, index: Tensor, logprobs: Tensor) -> Tensor:
-        """`_SCORES` of the chosen `index`: [3, B]."""
-        if not self._sampling.distorts:
-            return torch.stack((logprobs, logprobs, torch.zeros_like(logprobs)))
-        before = draws.heat(whole, self._sampling.temperature)
-        return torch.stack((logprobs, *draws.uncut(before, warped, index)))
-
     def _write(self, step: int, drawn: Tensor, scores: Tensor, forced: Tensor) -> Tensor:
         """Record a step. A block of `plain_tokens` is written as filler, START too, which is then no choice either."""
         rows = self._rows
@@ -234,8 +120,7 @@ class BatchDecoder:
         self._scores[:, rows.index, step] = scores
         self._forced[rows.index, step] = forced
         self._length[rows.index] += ~rows.done
-        if self._seen is not None:
-            self._seen.scatter_(1, token[:, None], True)
+        self._chooser.note(token)
         return token
 
     def _finish(self, step: int, token: Tensor) -> None:
@@ -273,8 +158,7 @@ class BatchDecoder:
         self._mask = self._mask[kept]
         self._positions = self._positions.select(kept)
         self._cache.batch_select_indices(kept)
-        if self._seen is not None:
-            self._seen = self._seen[kept]
+        self._chooser.select(kept)
 
     # ---- forwards
 
@@ -356,6 +240,7 @@ class BatchDecoder:
                 vectors = torch.cat([request.prompt_latents[0].to("cpu", self._parts.dtype), vectors])
                 positions = [*(int(p) for p in request.prompt_latents[1]), *positions]
             own = request.intervention is Intervention.OWN and self._thinks
+            start = start_of(request, self._sampling)
             logprobs, before, kept = scores[:, row, :length].clone()
             rollouts.append(
                 Rollout(
@@ -369,7 +254,8 @@ class BatchDecoder:
                     seed=self._seeds[row],
                     sigma=self._sampling.sigma if own else 0.0,
                     intervention=request.intervention,
-                    uncut=Uncut(before, kept) if self._sampling.distorts else None,
+                    uncut=Uncut(before, kept) if distorts(self._sampling, start) else None,
+                    latent_start=start,
                 )
             )
         return rollouts

@@ -19,9 +19,10 @@ from rl_lvr.models import family_of
 from rl_lvr.progress import track
 from rl_lvr.rollout.binding import bound
 from rl_lvr.rollout.checks import check_request, starts_with_own
-from rl_lvr.rollout.decode import BatchDecoder, Parts
+from rl_lvr.rollout.decode import BatchDecoder
+from rl_lvr.rollout.parts import Parts
 from rl_lvr.rollout.stops import StopStrings
-from rl_lvr.rollout.types import Capability, Request, Rollout, Sampling, request_seeds
+from rl_lvr.rollout.types import Capability, Request, Rollout, Sampling, request_seeds, with_start
 from rl_lvr.wrapping import unwrapped
 
 
@@ -74,6 +75,7 @@ class HFRolloutEngine:
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
         """One rollout per request, in their order. Rows do not influence each other."""
+        requests = with_start(requests, sampling)
         for index, request in enumerate(requests):
             check_request(index, request, self.markers, self._limits)
         seeds = request_seeds(requests, sampling)

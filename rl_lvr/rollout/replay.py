@@ -101,9 +101,14 @@ def _scores(model: nn.Module, hidden: Tensor, rollout: Rollout, markers: FormatI
     raw = family_of(model).head(model)(hidden[prompt - 1 + chosen.to(hidden.device)]).float()
     ids = tokens[chosen].to(raw.device)
     logits = draws.ban(raw, torch.tensor(markers.never_sampled, device=raw.device))
-    if markers.start is not None and (rollout.intervention is Intervention.NONE or markers.format.feedback == "none"):
+    never = rollout.intervention is Intervention.NONE or rollout.latent_start.forbidden
+    if markers.start is not None and (never or markers.format.feedback == "none"):
         logits = draws.ban(logits, torch.tensor([markers.start], device=raw.device))
     whole = draws.heat(logits, sampling.temperature)
+    if rollout.latent_start.biased:
+        assert markers.start is not None
+        bias = torch.full((len(logits),), rollout.latent_start.bias, device=raw.device)
+        logits = draws.bias_in_rows(logits, markers.start, bias)
     if sampling.repetition_penalty != 1.0:
         seen = _seen_before(rollout, prompt + chosen, raw.shape[1]).to(raw.device)
         logits = draws.penalise(logits, seen, sampling.repetition_penalty)

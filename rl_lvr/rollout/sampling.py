@@ -1,8 +1,8 @@
 """Logits -> the distribution that a token is drawn from, and the draw. Pure functions on [B, V], nothing else.
 
-The order is vLLM's: bans, repetition penalty, temperature, min-p, top-k, top-p. (transformers applies min-p last; the
-two differ only where min-p and top-p are both set.) Each filter keeps the set that transformers' warper of that name
-keeps.
+The order is vLLM's: bans, bias on START, repetition penalty, temperature, min-p, top-k, top-p. (transformers applies
+min-p last; the two differ only where min-p and top-p are both set.) Each filter keeps the set that transformers' warper
+of that name keeps.
 """
 
 from __future__ import annotations
@@ -26,6 +26,13 @@ def ban_in_rows(logits: Tensor, token: int, rows: Tensor) -> Tensor:
     """One token that the rows marked in `rows` [B] may not draw."""
     logits = logits.clone()
     logits[:, token] = logits[:, token].masked_fill(rows, _BANNED)
+    return logits
+
+
+def bias_in_rows(logits: Tensor, token: int, bias: Tensor) -> Tensor:
+    """Add `bias` [B] to the logit of one token. A ban stays a ban."""
+    logits = logits.clone()
+    logits[:, token] += bias
     return logits
 
 
@@ -78,7 +85,8 @@ def heat(logits: Tensor, temperature: float) -> Tensor:
 def uncut(whole: Tensor, warped: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """What `Uncut` holds of the chosen `index` [B]: its log-prob, and the log of the kept mass.
 
-    `whole` [B, V] are logits at the sampling temperature, with nothing but bans; `warped` those that were drawn from.
+    `whole` [B, V] are logits at the sampling temperature, with bans and nothing else; `warped` those that were drawn
+    from.
     """
     total = whole.logsumexp(-1)
     kept = whole.masked_fill(warped == _BANNED, _BANNED).logsumexp(-1)

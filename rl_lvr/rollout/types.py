@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from rl_lvr.latents.batch import LatentBatch
 from rl_lvr.latents.density import Law
 from rl_lvr.latents.format import FormatIds
 from rl_lvr.latents.interventions import Intervention
+from rl_lvr.latents.starting import FREE, LatentStart
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Sampling:
     """Standard deviation of the exploration noise on every own latent, per dimension."""
     noise: Law = "gaussian"
     """The law of that noise (latents/density.py). Only engines with `SPHERICAL_NOISE` draw the spherical one."""
+    latent_start: LatentStart = FREE
+    """How START comes about in completions whose request does not say it."""
 
     def __post_init__(self) -> None:
         def need(ok: bool, name: str, rule: str) -> None:
@@ -57,14 +60,18 @@ class Sampling:
 
     @property
     def distorts(self) -> bool:
-        """Whether tokens are drawn from another distribution than the whole softmax at this temperature."""
-        return distorts(self)
+        """Whether tokens are drawn from another distribution than the whole softmax at this temperature, for a request
+        without a `latent_start` of its own."""
+        return distorts(self, self.latent_start)
 
 
-def distorts(sampling: Any) -> bool:
-    """`Sampling.distorts`, also of vLLM's `SamplingParams`. Greedy: a cut never drops the likeliest token."""
+def distorts(sampling: Any, start: LatentStart) -> bool:
+    """`Sampling.distorts` of a request with this `start`. `sampling` may be vLLM's `SamplingParams`.
+
+    Greedy: a cut never drops the likeliest token, a bias on START may.
+    """
     cuts = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
-    return bool(sampling.repetition_penalty != 1.0 or (cuts and sampling.temperature > 0))
+    return bool(start.biased or sampling.repetition_penalty != 1.0 or (cuts and sampling.temperature > 0))
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,8 @@ class Request:
     """Latents per span (cap in `free` length) instead of the format's."""
     filler_id: int | None = None
     """The ordinary token of `PLAIN_TOKENS`."""
+    latent_start: LatentStart | None = None
+    """Instead of the call's (`Sampling.latent_start`)."""
 
 
 class StopReason(StrEnum):
@@ -103,13 +112,14 @@ class StopReason(StrEnum):
 @dataclass(frozen=True)
 class Uncut:
     """The tokens of a completion under the whole softmax at the sampling temperature, markers banned: the distribution
-    whose log-probs a trainer computes. Neither `repetition_penalty` nor a cut (`top_k`, `top_p`, `min_p`) is in it."""
+    whose log-probs a trainer computes. Neither `repetition_penalty`, nor a cut (`top_k`, `top_p`, `min_p`), nor a bias
+    on START is in it."""
 
     logprobs: Tensor
     """[C] float32; exactly 0 where forced."""
     log_kept_mass: Tensor
     """[C] float32, log of the probability of all tokens that the cut kept; exactly 0 where it dropped none, or where
-    forced. Without a repetition penalty, `Uncut.logprobs` is `Rollout.logprobs` plus this."""
+    forced. Without a repetition penalty and a bias on START, `Uncut.logprobs` is `Rollout.logprobs` plus this."""
 
     def __getitem__(self, tokens: slice) -> Uncut:
         return Uncut(self.logprobs[tokens], self.log_kept_mass[tokens])
@@ -134,7 +144,8 @@ class Rollout:
     sigma: float
     intervention: Intervention
     uncut: Uncut | None = None
-    """None where the sampling settings change no distribution (`Sampling.distorts`)."""
+    """None where neither the sampling settings nor `latent_start` change the distribution (`distorts`)."""
+    latent_start: LatentStart = FREE
 
     @property
     def uncut_logprobs(self) -> Tensor:
@@ -168,6 +179,8 @@ class Capability(StrEnum):
     SPHERICAL_NOISE = "spherical_noise"
     PROMPT_LATENTS = "prompt_latents"
     PROJECTOR = "projector"
+    LATENT_START = "latent_start"
+    """START can be forced, forbidden and biased."""
     WEIGHTS = "weights"
     """`sync_weights` works."""
 
@@ -196,6 +209,18 @@ def request_seeds(requests: Sequence[Request], sampling: Sampling) -> list[int]:
     return [sampling.seed + i if r.seed is None else r.seed for i, r in enumerate(requests)]
 
 
+def start_of(request: Request, sampling: Sampling | None = None) -> LatentStart:
+    """How START comes about in this request: as it says, or else as the call says."""
+    if request.latent_start is not None:
+        return request.latent_start
+    return FREE if sampling is None else sampling.latent_start
+
+
+def with_start(requests: Sequence[Request], sampling: Sampling) -> list[Request]:
+    """The requests, each with the `latent_start` that holds for it."""
+    return [replace(request, latent_start=start_of(request, sampling)) for request in requests]
+
+
 def describe(rollout: Rollout) -> dict[str, Any]:
     """A rollout without its vectors, for logs and files."""
     return {
@@ -208,4 +233,5 @@ def describe(rollout: Rollout) -> dict[str, Any]:
         "seed": rollout.seed,
         "sigma": rollout.sigma,
         "intervention": rollout.intervention.value,
+        "latent_start": str(rollout.latent_start),
     }

@@ -11,16 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rl_lvr.errors import UserError
+from rl_lvr.errors import UserError, exits_refused
 from rl_lvr.forward.batch import ReplayBatch, evaluating, forward_hidden
 from rl_lvr.latents.format import FormatIds
 from rl_lvr.models import family_of
 from rl_lvr.ops.vocab_stats import VocabStats, head_weights, vocab_stats
-from rl_lvr.signals import confidence
-from rl_lvr.signals.forward import Column, Forward, Space
+from rl_lvr.signals.confidence import first_latents
+from rl_lvr.signals.forward import Forward, Space
 from rl_lvr.signals.probe import Probe
-from rl_lvr.signals.regions import IMAGE_LABEL, Regions, find_regions
+from rl_lvr.signals.regions import Regions, find_regions
 from rl_lvr.signals.specs import SignalSpec
+from rl_lvr.signals.values import Column, Values, not_finite, problem_of
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,15 @@ class Measured:
     """By the signal's column name; values and counts have one entry per rollout."""
     kernels: tuple[str, ...]
     """Which attention kernels gave the softmax's denominator, or "recomputed"; () if no signal reads attention."""
+
+
+@dataclass(frozen=True)
+class SignalTensors:
+    """The same as tensors, with gradients unless the caller turned them off."""
+
+    hidden: Tensor
+    values: dict[str, Values]
+    kernels: tuple[str, ...]
 
 
 def measure(
@@ -48,20 +58,55 @@ def measure(
 ) -> Measured:
     """Measure `signals` on `batch` in one forward pass, in evaluation mode, without gradients.
 
-    `feed=False` leaves SLOT's own embeddings where the latents belong: the negative control. `recompute` is the
-    probe's, `backend` that of the fused operations. `run` does the pass itself, feeds the latents, and returns
-    the hidden states after the final norm: for a caller that needs more of the same pass.
+    Args:
+        model: The model, wrapped or not.
+        batch: Recorded rollouts.
+        markers: The latent format in the model's vocabulary.
+        signals: What `parse_signals` returned.
+        feed: False leaves SLOT's own embeddings where the latents belong: the negative control.
+        recompute: The probe computes the softmax's denominator anew.
+        backend: Of the fused operations.
+        run: Does the pass itself, feeds the latents, and returns the hidden states after the final norm: for a caller
+            that needs more of the same pass.
+
+    Raises:
+        UserError: If a signal cannot be measured in this format, returns what is not `Values` of the batch, or is not
+            finite although the hidden states are.
+    """
+    with torch.no_grad():
+        found = signal_tensors(model, batch, markers, signals, feed=feed, recompute=recompute, backend=backend, run=run)
+        return Measured(found.hidden, {name: v.column() for name, v in found.values.items()}, found.kernels)
+
+
+def signal_tensors(
+    model: nn.Module,
+    batch: ReplayBatch,
+    markers: FormatIds,
+    signals: Sequence[SignalSpec],
+    *,
+    feed: bool = True,
+    recompute: bool = False,
+    backend: str = "auto",
+    run: Callable[[], Tensor] | None = None,
+) -> SignalTensors:
+    """Evaluate `signals` on `batch` as tensors; arguments and errors are those of `measure`.
+
+    Gradients flow from the values to what `batch.latents.values` and the weights require. Signals of attention carry
+    none: the probe reads attention outside of autograd. The output head gets none either.
     """
     _check(signals, markers)
     family = family_of(model)
-    image_token = int(family.config.image_token_id)
-    regions = find_regions(batch.ids, batch.mask, batch.completion, markers, image_token)
-    readings = list(dict.fromkeys(reading for spec in signals if (reading := spec.reading)))
-    rows = _attention_rows(regions, signals)
-    kept = regions.spans.latent | (regions.labels == IMAGE_LABEL)
-    with evaluating(model), torch.no_grad(), ExitStack() as stack:
+    regions = find_regions(batch.ids, batch.mask, batch.completion, markers, family.image_token)
+    needs = [spec.needs for spec in signals]
+    readings = list(dict.fromkeys(reading for need in needs for reading in need.readings))
+    queries = tuple(dict.fromkeys(which for need in needs for which in need.queries))
+    rows = torch.zeros_like(regions.completion)
+    for which in queries:
+        rows |= regions.queries(which)
+    kept = regions.spans.latent | regions.image
+    with evaluating(model), ExitStack() as stack:
         inputs: list[Tensor] = []
-        if any(spec.value("space") == "input" for spec in signals):
+        if any(need.inputs for need in needs):
             stack.enter_context(_inputs_at(family.text_layers(model)[0], kept, inputs))
         probe = None
         if readings:
@@ -70,7 +115,11 @@ def measure(
     vocabulary_rows, vocabulary = _vocabulary(model, hidden, regions, markers, backend)
 
     def vectors(space: Space, mask: Tensor) -> Tensor:
-        return inputs[0][mask[kept].to(inputs[0].device)] if space == "input" else hidden[mask.to(hidden.device)]
+        if space == "hidden":
+            return hidden[mask.to(hidden.device)]
+        if bool((mask & ~kept).any()):
+            raise UserError("what enters the first layer is kept at latents and image tokens alone: read hidden.")
+        return inputs[0][mask[kept].to(inputs[0].device)]
 
     forward = Forward(
         regions=regions,
@@ -79,30 +128,41 @@ def measure(
         vocabulary_rows=vocabulary_rows,
         vocabulary=vocabulary,
         vectors=vectors,
+        queries=queries,
     )
-    with torch.no_grad():
-        columns = {spec.name: spec.function(forward, **spec.parameters) for spec in signals}
-    return Measured(hidden, columns, tuple(sorted(probe.kernels)) if probe else ())
+    values = {spec.name: _evaluated(spec, forward, hidden) for spec in signals}
+    return SignalTensors(hidden, values, tuple(sorted(probe.kernels)) if probe else ())
 
 
 def _check(signals: Sequence[SignalSpec], markers: FormatIds) -> None:
     for spec in signals:
-        if spec.function is confidence.end_at_first_slot and markers.end is None:
+        if spec.needs.end and markers.end is None:
             raise UserError(
                 f"signal {spec.name!r} needs a latent format with an end token, which {markers.format.name!r} lacks: "
                 "leave it out."
             )
 
 
-def _attention_rows(regions: Regions, signals: Sequence[SignalSpec]) -> Tensor:
-    """[B, T] bool, the queries of all attention signals."""
-    rows = torch.zeros_like(regions.completion)
-    for spec in signals:
-        if spec.reading is not None:
-            rows |= regions.queries(spec.queries)
-        if spec.needs == "image_entropy":
-            rows |= regions.queries("latent")
-    return rows
+def _evaluated(spec: SignalSpec, forward: Forward, hidden: Tensor) -> Values:
+    """What a definition says of the pass. It may be of others, so what it returns is looked at."""
+    what = f"signal {spec.name!r}"
+    try:
+        with exits_refused(what):
+            found = spec.function(forward.limited(spec.needs, what), **spec.parameters)
+    except Exception as error:
+        error.add_note(f"in the {what} ({spec.where})")
+        raise
+    problem = problem_of(found, forward.count)
+    if problem is not None:
+        raise UserError(f"{what} ({spec.where}) {problem}.")
+    wrong = not_finite(found)
+    # A model that is not finite is the run's own fault, which it finds in its loss and its weights.
+    if wrong is not None and bool(hidden.isfinite().all()):
+        raise UserError(
+            f"{what} ({spec.where}) is {wrong[1]} for rollout {wrong[0]} of the batch: where there is nothing to "
+            "average its value must be 0 and its count 0."
+        )
+    return found
 
 
 @contextmanager
@@ -124,7 +184,7 @@ def _vocabulary(
 ) -> tuple[Tensor, Callable[[int], VocabStats]]:
     """Rows of latents and of the positions before a span's first one, and their statistics by top_k."""
     spans = regions.spans
-    rows = (spans.latent | confidence.first_latents(spans.latent, spans.index, before=True)).flatten().nonzero()[:, 0]
+    rows = (spans.latent | first_latents(spans.latent, spans.index, before=True)).flatten().nonzero()[:, 0]
 
     @cache
     def statistics(top_k: int) -> VocabStats:

@@ -1,4 +1,4 @@
-"""The Probe: attention masses and entropies of one forward pass, taken from the attention that runs anyway.
+"""The Probe: attention masses, entropies and maps of one forward pass, taken from the attention that runs anyway.
 
 It replaces, for one `with` block, the entry of the attention in use in transformers' mapping, and looks only at calls
 of the text layers' own attention modules. Masks, PEFT, checkpointing and the logits stay what they are.
@@ -9,18 +9,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from rl_lvr.errors import UserError
 from rl_lvr.models import family_of
-from rl_lvr.ops.attention_mass import attention_mass_reduced, labelled_positions
+from rl_lvr.ops.attention_mass import attention_mass_reduced, labelled_positions, log_sum_exp
 from rl_lvr.signals.kernels import Kernel, check_lse, dense_lse, watched
 from rl_lvr.signals.region_entropy import region_entropy
-from rl_lvr.signals.regions import IMAGE_LABEL, LABELS, Regions
+from rl_lvr.signals.region_map import region_map
+from rl_lvr.signals.regions import LABELS, Regions
 
+What = Literal["mass", "image_entropy", "image_map"]
 _one_probe = threading.Lock()
 
 
@@ -28,13 +30,25 @@ _one_probe = threading.Lock()
 class Reading:
     """One thing to measure: the mean over some layers and heads."""
 
-    what: Literal["mass", "image_entropy"]
+    what: What
     """`mass`: attention mass on every label of `regions`, [N, LABELS]. `image_entropy`: entropy in nats of the
-    attention over the image tokens, renormalised to 1, [N]; 0 where no image token is visible."""
+    attention over the image tokens, renormalised to 1, [N]; 0 where no image token is visible. `image_map`: attention
+    on every image token of the query's sequence, in their order and not renormalised, [N, M]. M is the largest number
+    of image tokens in a sequence (`Regions.image_columns`), at least 1; columns behind a sequence's last one are 0."""
     layers: tuple[int, ...] | None = None
     """Text layers from 0, negative from the end; None: all."""
     heads: tuple[int, ...] | None = None
     """Query heads; None: all."""
+    by_layer: bool = False
+    """`image_map` alone: one map per layer, in the order of `layers`, instead of their mean: [N, L, M]."""
+    by_head: bool = False
+    """`image_map` alone: one map per head, in the order of `heads`: [N, H, M], or [N, L, H, M]."""
+
+    def __post_init__(self) -> None:
+        if self.what not in get_args(What):
+            raise ValueError(f"no reading {self.what!r}: choose {', '.join(get_args(What))}.")
+        if (self.by_layer or self.by_head) and self.what != "image_map":
+            raise ValueError(f"a reading of {self.what} is a mean: name its layers and heads one at a time.")
 
 
 class Probe:
@@ -66,6 +80,10 @@ class Probe:
         self._regions = regions
         self._rows = rows.flatten().nonzero()[:, 0]
         self._positions = labelled_positions(regions.labels)
+        self._columns, self._width = regions.labels, 0
+        if any(reading.what == "image_map" for reading in readings):
+            self._columns, counts = regions.image_columns()
+            self._width = max([1, *counts.tolist()])
         self._shape = rows.shape
         last = int(self._rows[-1]) if len(self._rows) else 0
         self._checked_row = divmod(last, rows.shape[1])
@@ -76,11 +94,14 @@ class Probe:
             _indices(reading.heads, attention.config.num_attention_heads, "head")
         self._seen: set[int] = set()
         self._results: dict[Reading, Tensor] = {}
+        self._by_layer: dict[Reading, dict[int, Tensor]] = {r: {} for r in readings if r.by_layer}
         self.kernels: set[str] = set()
         """Where log-sum-exps came from: kernels' names, or "recomputed"."""
 
     def __getitem__(self, reading: Reading) -> Tensor:
-        """fp32 [N, LABELS] or [N], rows in the order of `rows`."""
+        """fp32, of the shape that `Reading` says, rows in the order of `rows`."""
+        if reading.by_layer:
+            return torch.stack([self._by_layer[reading][layer] for layer in self._layers[reading]], 1)
         return self._results[reading] / len(self._layers[reading])
 
     # ---- arming
@@ -156,10 +177,10 @@ class Probe:
             check_lse(kernel, lse, query, key, self._checked_row, sequences, sinks=kwargs.get("s_aux"), **masked)
         self.kernels.add("recomputed" if lse is None or kernel is None else kernel.name)
         weights = query.new_ones(len(rows), dtype=torch.float32)
-        taken: dict[tuple[str, tuple[int, ...]], Tensor] = {}  # readings of other layers often overlap in this one
+        taken: dict[tuple[str, tuple[int, ...], bool], Tensor] = {}  # readings of other layers often overlap here
         for reading in readings:
             heads = _indices(reading.heads, query.shape[1], "head")
-            values = taken.get((reading.what, heads))
+            values = taken.get((reading.what, heads, reading.by_head))
             if values is None and reading.what == "mass":
                 values = attention_mass_reduced(
                     query,
@@ -176,14 +197,34 @@ class Probe:
                     backend=self._backend,
                     **masked,
                 ).per_query
+            elif values is None and reading.what == "image_entropy":
+                image = self._regions.image.to(query.device)
+                values = region_entropy(query, key, image, rows, segments=sequences, heads=heads, **masked).mean(1)
             elif values is None:
-                values = region_entropy(
-                    query, key, labels == IMAGE_LABEL, rows, segments=sequences, heads=heads, **masked
-                ).mean(1)
-            taken[reading.what, heads] = values
-            sofar = self._results.get(reading)
-            self._results[reading] = values if sofar is None else sofar + values.to(sofar.device)
+                view = {"segments": sequences, "heads": heads, **masked}
+                values = region_map(
+                    query,
+                    key,
+                    self._columns.to(query.device),
+                    self._width,
+                    rows,
+                    log_sum_exp(query, key, rows=rows, sinks=kwargs.get("s_aux"), backend=self._backend, **view)
+                    if lse is None
+                    else lse[rows // query.shape[2], :, rows % query.shape[2]][:, list(heads)],
+                    by_head=reading.by_head,
+                    **view,
+                )
+            taken[reading.what, heads, reading.by_head] = values
+            self._add(reading, layer, values)
         self._seen.add(layer)
+
+    def _add(self, reading: Reading, layer: int, values: Tensor) -> None:
+        if reading.by_layer:
+            known = self._by_layer[reading]
+            known[layer] = values.to(next(iter(known.values()), values).device)
+            return
+        sofar = self._results.get(reading)
+        self._results[reading] = values if sofar is None else sofar + values.to(sofar.device)
 
 
 def _indices(asked: tuple[int, ...] | None, count: int, what: str) -> tuple[int, ...]:

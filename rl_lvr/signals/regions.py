@@ -45,6 +45,24 @@ class Regions:
     """bool, every START token, also one outside any span; `ends` likewise."""
     ends: Tensor
 
+    @property
+    def image(self) -> Tensor:
+        """[B, T] bool, image tokens."""
+        return (self.labels == IMAGE_LABEL) & (self.sequences >= 0)
+
+    def image_columns(self) -> tuple[Tensor, Tensor]:
+        """Return [B, T] int64, the number of an image token among those of its sequence, and [S] int64, how many a
+        sequence has. The number is -1 at other tokens.
+        """
+        places = self.image.flatten().nonzero()[:, 0]
+        sequence = self.sequences.flatten()[places]
+        counts = torch.bincount(sequence, minlength=self.count)
+        order = torch.argsort(sequence, stable=True)
+        first = (counts.cumsum(0) - counts)[sequence[order]]
+        columns = torch.full_like(self.labels, -1).flatten()
+        columns[places[order]] = torch.arange(len(places), device=places.device) - first
+        return columns.view_as(self.labels), counts
+
     def queries(self, which: Queries) -> Tensor:
         """[B, T] bool.
 

@@ -69,7 +69,7 @@ def make_case(model: Any, processor: Any, side: str, rows: Any = MIXED_ROWS) -> 
         if isinstance(value, Tensor)
     }
     markers = get_format("lvr", k=3).bind(processor.tokenizer, family.placeholder_ids(processor))
-    image = int(family.config.image_token_id)
+    image = family.image_token
     mask = inputs["attention_mask"]
     regions = find_regions(inputs["input_ids"], mask, mask.bool(), markers, image)
     return Case(model, inputs, regions, markers)
@@ -91,7 +91,7 @@ def packed(case: Case) -> Case:
         places = places[None]
     segments = torch.cat([torch.full((length,), row) for row, length in enumerate(lengths)])[None]
     ones = torch.ones_like(rows)
-    image = int(family.config.image_token_id)
+    image = family.image_token
     regions = find_regions(rows, ones, ones.bool(), case.markers, image, segments)
     inputs = {"input_ids": rows, "position_ids": places, **images}
     return replace(case, inputs=inputs, regions=regions)

@@ -99,6 +99,22 @@ def test_interventions_from_the_shell(ask, tmp_path):
             assert answer["latent_norms"][:3] == pytest.approx(own["latent_norms"][:3], abs=1e-3)
 
 
+def test_control_of_start_from_the_shell(ask):
+    base = ("--json", "--temperature", "1", "--seed", "3")
+    found = {}
+    for start in ("free", "forced", "forbidden", "bias=-900"):
+        code, out, _ = ask(*base, "--latent-start", start)
+        assert code == 0
+        (found[start],) = json.loads(out)["answers"]
+        assert found[start]["latent_start"] == start.replace("=", " ")
+    assert found["forced"]["latent_positions"][0] == len(found["forced"]["prompt_ids"]) + 1
+    assert found["forced"]["logprobs"][0] == 0
+    assert found["free"]["latents"] > 0
+    assert found["forbidden"]["latents"] == found["bias=-900"]["latents"] == 0
+    assert "latent_start forced" in ask("--latent-start", "forced")[1]
+    assert "latent_start" not in ask()[1]
+
+
 def test_without_an_image(ask):
     code, out, _ = ask("--json", images=False)
     assert code == 0
@@ -111,6 +127,9 @@ def test_without_an_image(ask):
         (["--temperature", "-1"], "temperature is -1.0"),
         (["--n", "0"], "n is 0"),
         (["--k", "0"], "k is 0"),
+        (["--latent-start", "force"], "latent_start is 'force'; did you mean 'forced'?"),
+        (["--latent-start", "bias nan"], "latent_start has the bias nan"),
+        (["--latent-start", "forced", "--intervention", "none"], "intervention 'none' forbids START"),
         (["--format", "lvrr"], "did you mean 'lvr'"),
         (["--format", "monet"], "was trained with latent format 'lvr'"),
         (["--intervention", "oracle"], "--oracle-box"),

@@ -227,6 +227,8 @@ def test_nothing_is_left_on_the_head(load_tiny: Any, tmp_path: Path) -> None:
         ({"latent_policy": "unrolled", "gradient_checkpointing": True}, "key-value cache that carries gradients"),
         ({"latent_scale": "max"}, "choose mean or sum"),
         ({"latent_sigma": -1.0}, "latent_sigma is -1.0"),
+        ({"latent_start": "force"}, "latent_start is 'force'; did you mean 'forced'"),
+        ({"latent_start": "bias inf"}, "latent_start has the bias inf"),
         ({"latent_sigma": float("nan")}, "latent_sigma is nan"),
         ({"replay_tolerance": 0.0}, "above 0"),
         ({"latent_policy": "unrolled", "latent_gradient_clip": 0.0}, "latent_gradient_clip is 0.0; it must be above 0"),

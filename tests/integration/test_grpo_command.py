@@ -147,6 +147,7 @@ def test_without_a_format_it_trains_the_twin(home: Path, opener: Path, place: Pa
         ({"latent_format": "none", "latent_k": None, "engine": "vllm"}, "leave engine and its options out"),
         ({"latent_format": "none", "latent_k": None, "rewards": "attention"}, "needs a latent format"),
         ({"latent_format": "none", "latent_k": None, "latent_sigma": 0.1}, "latent_sigma cannot be used without"),
+        ({"latent_format": "none", "latent_k": None, "latent_start": "forced"}, "latent_start cannot be used without"),
         ({"latent_format": "monet"}, "set add_marker_tokens to true"),
         ({"reward_weights": "1.0"}, "reward_weights has no effect here"),
         ({"use_vllm": True}, "use_vllm cannot be used with a latent format"),

@@ -35,10 +35,12 @@ from serve_cases import (
     within,
 )
 from vllm_cases import VLLMRig, opened, thinking
+from vllm_pairs import STARTS
 
 from rl_lvr.errors import UserError
 from rl_lvr.latents.format import get_format
 from rl_lvr.latents.interventions import Intervention
+from rl_lvr.latents.starting import LatentStart
 from rl_lvr.rollout.replay import check_parity
 from rl_lvr.rollout.server import protocol
 from rl_lvr.rollout.server.engine import ServerRolloutEngine
@@ -150,6 +152,21 @@ def test_every_request_has_its_own_intervention(rig: VLLMRig, engine: ServerRoll
 
 
 @pytest.mark.usefixtures("empty_afterwards")
+def test_every_request_has_its_own_start(rig: VLLMRig, engine: ServerRolloutEngine) -> None:
+    requests = [replace(r, latent_start=start) for r, start in zip(rig.requests(), STARTS, strict=True)]
+    sampling = Sampling(max_tokens=8, temperature=1.0, seed=7, latent_start=LatentStart.parse("forced"))
+    rollouts = engine.generate(requests, sampling)
+    wanted = rig.engine(LVR).generate(requests, sampling)
+    assert all(same(mine, theirs, CLOSE) for mine, theirs in zip(rollouts, wanted, strict=True))
+    assert [r.latent_start for r in rollouts] == [r.latent_start for r in wanted]
+    assert [r.uncut is None for r in rollouts] == [start is None or not start.biased for start in STARTS]
+    free = engine.generate(rig.requests(), replace(sampling, latent_start=LatentStart()))
+    assert [same(a, b, CLOSE) for a, b in zip(rollouts, free, strict=True)][1:5] == [True, False, False, False]
+    with pytest.raises(UserError, match="request 0: latent_start is 'forced', but intervention 'none' forbids START"):
+        engine.generate([replace(requests[0], intervention=Intervention.NONE)], sampling)
+
+
+@pytest.mark.usefixtures("empty_afterwards")
 def test_one_request_without_room_ends_all_and_says_which(
     server: Server, rig: VLLMRig, engine: ServerRolloutEngine
 ) -> None:
@@ -206,6 +223,19 @@ def test_latents_can_be_switched_off(server: Server, engine: ServerRolloutEngine
     (off,) = complete(server, "what is next from red", vllm_xargs={"latent_intervention": "none"})["choices"]
     assert start in on["token_ids"]
     assert start not in off["token_ids"]
+
+
+@pytest.mark.usefixtures("empty_afterwards")
+def test_any_client_controls_start(server: Server, engine: ServerRolloutEngine) -> None:
+    prompt, start = "what is next from red", engine.markers.start
+    found = {}
+    for wanted in ("free", "forced", "forbidden", "bias -30"):
+        (found[wanted],) = complete(server, prompt, return_latents=True, vllm_xargs={"latent_start": wanted})["choices"]
+    assert found["forced"]["token_ids"][0] == start
+    assert found["forced"]["latents"]["positions"]
+    assert found["forbidden"]["token_ids"] == found["bias -30"]["token_ids"] != found["free"]["token_ids"]
+    assert start in found["free"]["token_ids"]
+    assert start not in found["forbidden"]["token_ids"]
 
 
 @pytest.mark.usefixtures("empty_afterwards")
@@ -269,6 +299,12 @@ BAD_XARGS = {
     "k beyond the room": ({"latent_k": ROOM + 1}, "raise max_latents"),
     "sigma": ({"latent_sigma": -1.0}, "latent_sigma is -1"),
     "intervention": ({"latent_intervention": "dream"}, "choose own"),
+    "start": ({"latent_start": "force"}, "did you mean 'forced'"),
+    "bias": ({"latent_start": "bias nan"}, "latent_start has the bias nan"),
+    "start of no block": (
+        {"latent_start": "forced", "latent_intervention": "none"},
+        "latent_start is 'forced', but intervention 'none' forbids START",
+    ),
     "no vectors": (GIVEN, "needs vectors of shape"),
     "vectors for nobody": ({"latent_vectors": rows(1)}, "takes no vectors"),
     "width": ({**GIVEN, "latent_vectors": rows(1, 63)}, "no rows of 64 float32"),

@@ -9,7 +9,7 @@ import torch
 from engine_cases import FILTERED, GREEDY, SAMPLED
 from helpers import FAMILIES, noise_image
 from vllm_cases import VLLMRig
-from vllm_pairs import LONG, SHORT, assert_parity, close, started
+from vllm_pairs import LONG, SHORT, assert_parity, assert_starts, close, started
 
 from rl_lvr.errors import UserError
 from rl_lvr.latents.interventions import Intervention
@@ -51,6 +51,14 @@ def test_the_decision_to_end_a_span_is_drawn_as_in_the_reference_engine(cases):
         assert torch.allclose(a.logprobs[:length], b.logprobs[:length], atol=1e-4)
         assert torch.equal(a.forced[:length], b.forced[:length])
     assert len(set(lengths)) > 1
+
+
+# ---- control of START
+
+
+@pytest.mark.parametrize("name", ["internvl", "llava_onevision"])
+def test_start_is_forced_forbidden_and_biased_as_in_the_reference_engine(cases, name):
+    assert_starts(cases(name), replace(SAMPLED, max_tokens=10))
 
 
 # ---- what is fed

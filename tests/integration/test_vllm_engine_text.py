@@ -12,7 +12,7 @@ import torch
 from engine_cases import GREEDY
 from vllm_cases import LENGTH, TEXT, VLLMRig
 from vllm_conditions import latent_state
-from vllm_pairs import LONG, ROOM, SHORT, assert_parity, close, started
+from vllm_pairs import LONG, ROOM, SHORT, assert_parity, assert_starts, close, started
 
 from rl_lvr.errors import UserError
 from rl_lvr.latents.feedback import attach_feedback
@@ -39,6 +39,10 @@ def text(cases):
 @pytest.mark.parametrize("name", TEXT)
 def test_latents_and_logprobs_equal_teacher_forcing(cases, name):
     assert_parity(cases(name), replace(LONG, max_tokens=12) if name in ROOM else LONG, SHORT)
+
+
+def test_start_is_forced_forbidden_and_biased_as_in_the_reference_engine(cases):
+    assert_starts(cases("qwen2"), replace(GREEDY, max_tokens=10), replace(SHORT, max_tokens=10))
 
 
 # ---- refusals and interruptions

@@ -19,6 +19,7 @@ from vllm_conditions import ROWS, TIGHT, eyes, latent_state, start, victims
 from rl_lvr.latents.format import get_format
 from rl_lvr.latents.interventions import Intervention
 from rl_lvr.latents.spans import find_spans
+from rl_lvr.latents.starting import LatentStart
 from rl_lvr.rollout.replay import check_parity
 from rl_lvr.rollout.types import Sampling
 from rl_lvr.rollout.vllm.state import LatentModelState
@@ -44,6 +45,7 @@ class Row:
     intervention: Intervention
     k: int | None
     seed: int
+    latent_start: str = "free"
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ rows = st.builds(
     intervention=st.sampled_from([Intervention.OWN, Intervention.OWN, *Intervention]),
     k=st.none() | st.integers(1, 6),
     seed=st.integers(0, 2**31),
+    latent_start=st.sampled_from(["free", "free", "forced", "forbidden", "bias 2.5", "bias -2.5"]),
 )
 samplings = st.builds(
     Sampling,
@@ -110,6 +113,8 @@ class Pair:
             more["vectors"] = self.vectors(5, row.seed + 1)
         if row.intervention is Intervention.PLAIN_TOKENS:
             more["filler_id"] = 61
+        if row.intervention is not Intervention.NONE:
+            more["latent_start"] = LatentStart.parse(row.latent_start)
         return replace(
             request,
             prompt_ids=ids,

@@ -15,6 +15,7 @@ from helpers import noise_image
 from vllm_cases import VLLMRig, opened
 
 from rl_lvr.latents.format import LatentFormat
+from rl_lvr.latents.starting import LatentStart
 from rl_lvr.models import family_of
 from rl_lvr.rollout.types import Request, Rollout, Sampling
 
@@ -53,7 +54,11 @@ def forced_async(patch: Any) -> None:
 
 
 def five_requests(rig: VLLMRig, start_id: int) -> list[Request]:
-    return opened(rig.requests(ROWS), start_id)
+    """Two prompts end in START; of the others one is made to begin with it, and one has a bias on it."""
+    requests = opened(rig.requests(ROWS), start_id)
+    for row, start in ((0, "forced"), (2, "bias 1.5")):
+        requests[row] = replace(requests[row], latent_start=LatentStart.parse(start))
+    return requests
 
 
 def alone(engine: Any, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:

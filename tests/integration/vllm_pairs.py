@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from engine_cases import GREEDY, SAMPLED, same, span_counts
 from vllm_cases import VLLMRig, opened, thinking
 
 from rl_lvr.latents.feedback import attach_feedback
 from rl_lvr.latents.format import LatentFormat, get_format
+from rl_lvr.latents.starting import FREE, LatentStart
 from rl_lvr.rollout.hf import HFRolloutEngine
 from rl_lvr.rollout.replay import check_parity
 from rl_lvr.rollout.types import Request, Rollout, Sampling
@@ -30,6 +32,9 @@ TIED = ("qwen3",)
 """Output head and embedding share their weight."""
 ROOM = {"qwen3": 12}
 """max_latents of the case, where it is not the default."""
+FORCED = LatentStart.parse("forced")
+STARTS = (None, *map(LatentStart.parse, ("free", "forbidden", "bias 12", "bias -12")), FORCED)
+"""Of six requests, in a call that forces START."""
 LONG = replace(GREEDY, max_tokens=20)
 SHORT = replace(SAMPLED, max_tokens=14)
 
@@ -98,3 +103,28 @@ def assert_parity(case: Case, long: Sampling, *others: Sampling) -> None:
         if sampling is long:
             assert case.markers.start is not None
             assert max(span_counts(rollouts, case.markers.start)) >= 2
+
+
+def assert_starts(case: Case, *samplings: Sampling) -> None:
+    """Every control of START in one call, and more than it: teacher forcing, and the reference engine's tokens."""
+    start, base = case.markers.start, case.rig.requests()
+    requests = [replace(request, latent_start=wanted) for request, wanted in zip(base, STARTS, strict=True)]
+    forced = [FORCED if wanted is None else wanted for wanted in STARTS]
+    for sampling in (replace(sampling, latent_start=FORCED) for sampling in samplings):
+        rollouts, reference = (engine.generate(requests, sampling) for engine in (case.vllm, case.hf))
+        assert all(close(a, b) for a, b in zip(rollouts, reference, strict=True)), sampling
+        assert [r.latent_start for r in rollouts] == [r.latent_start for r in reference] == forced
+        assert [r.uncut is None for r in rollouts] == [r.uncut is None for r in reference]
+        report = check_parity(case.vllm, case.rig.model, requests, sampling, rollouts=rollouts)
+        assert report.passes(control=0.1), (sampling, report)
+        for row in (0, 5):
+            assert rollouts[row].completion_ids[0] == start
+            assert (rollouts[row].forced[0], rollouts[row].logprobs[0]) == (True, 0.0)
+        assert start not in rollouts[2].completion_ids
+        shifts = [r.uncut_logprobs - r.logprobs for r in rollouts[3:5]]
+        assert torch.cat(shifts).abs().max() > 0.1
+        # The control: the same requests and seeds without any of it are others.
+        free = case.vllm.generate(base, replace(sampling, latent_start=FREE))
+        assert close(rollouts[1], free[1])
+        for rows in ((0, 5), (2,), (3, 4)):
+            assert not all(close(rollouts[row], free[row]) for row in rows), rows

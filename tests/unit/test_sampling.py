@@ -16,6 +16,7 @@ from transformers.generation.logits_process import (
 )
 
 from rl_lvr.errors import UserError
+from rl_lvr.latents.starting import LatentStart
 from rl_lvr.rollout import sampling as draws
 from rl_lvr.rollout.types import Sampling
 
@@ -98,6 +99,17 @@ def test_bans():
     seen = torch.ones(4, 50, dtype=torch.bool)
     for penalty in (0.5, 2.0):
         assert draws.penalise(banned, seen, penalty)[:, 3].isinf().all()  # a penalty does not lift a ban
+
+
+def test_a_bias_is_added_to_one_token_of_a_row_and_lifts_no_ban():
+    logits = draws.ban_in_rows(logits_of(4), 7, torch.tensor([True, False, True, False]))
+    before = logits.clone()
+    biased = draws.bias_in_rows(logits, 7, torch.tensor([3.0, 2.5, 0.0, -1.0]))
+    assert torch.equal(logits, before)
+    others = [token for token in range(50) if token != 7]
+    assert torch.equal(biased[:, others], logits[:, others])
+    assert torch.equal(biased[:, 7], logits[:, 7] + torch.tensor([3.0, 2.5, 0.0, -1.0]))
+    assert biased[:, 7].isinf().tolist() == [True, False, True, False]
 
 
 def test_greedy_takes_the_likeliest_and_reports_temperature_one():
@@ -213,6 +225,11 @@ def test_log_probs_before_the_cut_and_the_kept_mass_equal_float64(seed, temperat
         ({"top_k": 5}, True),
         ({"top_p": 0.9}, True),
         ({"min_p": 0.1}, True),
+        ({"latent_start": LatentStart.parse("forced")}, False),
+        ({"latent_start": LatentStart.parse("forbidden")}, False),
+        ({"latent_start": LatentStart.parse("bias 0")}, False),
+        ({"latent_start": LatentStart.parse("bias -1")}, True),
+        ({"latent_start": LatentStart.parse("bias 1"), "temperature": 0.0}, True),
     ],
 )
 def test_which_settings_distort(settings_, expected):

@@ -24,6 +24,7 @@ from rl_lvr import cli
 from rl_lvr.errors import UserError
 from rl_lvr.lab.tokenizer import build_tokenizer
 from rl_lvr.latents.format import FormatIds, get_format
+from rl_lvr.latents.starting import FREE, LatentStart
 from rl_lvr.models import ImageFrame
 from rl_lvr.rollout.checks import Limits
 from rl_lvr.rollout.server import protocol
@@ -210,6 +211,27 @@ def test_numbers_beyond_use_are_cut_or_refused() -> None:
     assert (fields["max_tokens"], fields["top_k"]) == (7, 3)
     with pytest.raises(UserError, match=r"sigma is 1e\+39"):
         calls.sampling_fields(Request([1]), 0, Sampling(sigma=1e39), SETTINGS)
+
+
+def test_a_request_carries_the_start_that_holds_for_it() -> None:
+    sampling = Sampling(latent_start=LatentStart.parse("forced"))
+    for start, sent in ((None, "forced"), (FREE, None), (LatentStart.parse("bias 2"), "bias 2")):
+        fields = calls.sampling_fields(Request([1], latent_start=start), 0, sampling, SETTINGS)
+        assert fields["extra_args"].get(wire.START) == sent
+        assert fields["max_tokens"] == 64, "a forced START is one of them"
+    with pytest.raises(UserError, match="request r: latents cannot be combined with structured outputs"):
+        calls.checked_args("r", {wire.START: "forced"}, [1, 2], 0, SETTINGS, structured=True)
+    with pytest.raises(UserError, match="request r: latent_start is 'bias 2', but intervention 'none' forbids START"):
+        calls.checked_args("r", {wire.START: "bias 2", wire.INTERVENTION: "none"}, [1, 2], 0, SETTINGS)
+
+
+def test_log_probs_without_the_bias_are_missed_if_they_do_not_come() -> None:
+    answer = Answer([1, 2], [3], torch.zeros(1), "length", None, torch.empty(0, 4), torch.zeros(3, dtype=torch.int8))
+    biased = Request([1, 2], latent_start=LatentStart.parse("bias 2"))
+    with pytest.raises(RuntimeError, match="no log-probs before the cut"):
+        calls.rollout_of(0, biased, 0, Sampling(), SETTINGS, answer)
+    none = Request([1, 2], latent_start=LatentStart.parse("bias 0"))
+    assert calls.rollout_of(0, none, 0, Sampling(), SETTINGS, answer).latent_start == none.latent_start
 
 
 ROWS = wire.to_text(torch.ones(2, 4))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rl_lvr.latents.format import FormatIds, LatentFormat
-from rl_lvr.signals import Regions, find_regions
+from rl_lvr.signals import Column, Regions, find_regions
 from rl_lvr.signals.confidence import first_latents
 from rl_lvr.signals.forward import Forward
 from rl_lvr.signals.region_entropy import region_entropy
@@ -65,6 +65,18 @@ def test_labels_of_a_span():
     assert at_start.tolist() == [4, 2, 2, -1, 3, 0, 0, 3, -1]
     assert before.tolist() == [4, 2, 2, -1, 1, 0, 0, 3, -1]  # START holds a latent, and is a marker still
     assert set(REGIONS["latent"]) & set(REGIONS["markers"]) == {1}
+
+
+@settings(max_examples=60)
+@given(rows=ROWS)
+def test_image_tokens_are_numbered_within_their_sequence(rows):
+    for regions in (padded(rows, "left", FORMATS["at_start"]), together(rows, FORMATS["at_start"])):
+        columns, counts = regions.image_columns()
+        assert counts.tolist() == [row.count(IMAGE) for row in rows]
+        assert torch.equal(columns >= 0, regions.image)
+        for sequence, row in enumerate(rows):
+            mine = columns[(regions.sequences == sequence) & regions.image]
+            assert mine.tolist() == list(range(row.count(IMAGE)))
 
 
 def test_queries():
@@ -140,10 +152,18 @@ def test_means_counts_and_lists():
     forward = forward_of(regions)
     places = regions.queries("after").flatten().nonzero()[:, 0]
     values = torch.tensor([0.25, 0.75])
-    assert forward.per_sequence(values, places).values == [0.0, 0.5]
-    assert forward.per_sequence(values, places).counts == [0, 2]
-    assert forward.per_row(values, places).values == [[], [0.25, 0.75]]
-    assert forward.per_token(values, places).values == [[0.0, 0.0], [0.0, 0.25, 0.75]]
+    assert forward.per_sequence(values, places).column() == Column([0.0, 0.5], [0, 2])
+    assert forward.per_row(values, places).column() == Column([[], [0.25, 0.75]], [0, 2])
+    assert forward.per_token(values, places).column() == Column([[0.0, 0.0], [0.0, 0.25, 0.75]], [0, 2])
+
+
+def test_lists_and_means_carry_gradients():
+    regions = padded([[WORD, WORD], [WORD, START, SLOT, END, WORD, WORD]], "left", FORMATS["at_start"])
+    forward = forward_of(regions)
+    places = regions.queries("after").flatten().nonzero()[:, 0]
+    values = torch.tensor([0.25, 0.75], dtype=torch.float64, requires_grad=True)
+    for reduce in (forward.per_sequence, forward.per_row, forward.per_token):
+        assert torch.autograd.gradcheck(lambda v, reduce=reduce: reduce(v, places).values, (values,))
 
 
 def test_neighbours_stay_in_their_span():

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from rl_lvr.errors import UserError
-from rl_lvr.signals import SIGNALS, Reading, parse_signals
+from rl_lvr.signals import SIGNALS, Needs, Reading, parse_signals
 
 
 def test_names_and_parameters():
@@ -20,16 +20,28 @@ def test_names_and_parameters():
             "attention_relative_paper_b",
         ]
     )
-    assert (plain.name, plain.parameters, plain.reading) == ("attention_mass", {}, Reading("mass"))
+    assert (plain.name, plain.parameters) == ("attention_mass", {})
+    assert plain.needs == Needs((Reading("mass"),), ("after",))
     assert (layers.name, layers.parameters) == ("first", {"layers": (0, -1), "to": "image"})
-    assert layers.reading == Reading("mass", (0, -1))
-    assert paper.reading == relative.reading == Reading("mass", (0,))  # the paper's layer, not all
+    assert layers.needs == Needs((Reading("mass", (0, -1)),), ("after",))
+    assert paper.needs == relative.needs == Needs((Reading("mass", (0,)),), ("paper_b",))  # the paper's layer, not all
+
+
+def test_what_a_signal_needs_may_depend_on_its_parameters():
+    text, hidden = parse_signals(
+        [{"attention_mass": {"queries": "text", "heads": [1]}}, {"latent_norm": {"space": "hidden"}}]
+    )
+    assert text.needs == Needs((Reading("mass", None, (1,)),), ("text",))
+    assert hidden.needs == Needs()
+    (norm, end) = parse_signals(["latent_norm", "end_at_first_slot"])
+    assert norm.needs == Needs(inputs=True)
+    assert end.needs == Needs(vocabulary=True, end=True)
 
 
 def test_parameters_of_numbers():
     (reward,) = parse_signals([{"confidence_reward": {"k": 5, "weight": 1}}])
     assert reward.parameters == {"k": 5, "weight": 1.0}
-    assert reward.reading is None
+    assert reward.needs == Needs(vocabulary=True)
 
 
 def test_every_signal_says_what_it_is():
@@ -37,7 +49,7 @@ def test_every_signal_says_what_it_is():
         assert parse_signals([name])[0].function is function
         assert re.search(r"[Pp]aper [A-D]|\d{4}\.\d{5}", inspect.getdoc(function) or ""), name
         (spec,) = parse_signals([name])
-        assert (spec.reading is not None) == (name.startswith("attention") or "attention_entropy" in name)
+        assert bool(spec.needs.readings) == (name.startswith("attention") or "attention_entropy" in name)
 
 
 @pytest.mark.parametrize(
@@ -55,8 +67,8 @@ def test_every_signal_says_what_it_is():
         ({"attention_mass": {"name": "two words"}}, "argument of that name"),
         ({"attention_mass": [0]}, "name: value"),
         ({"attention_mass": {}, "latent_norm": {}}, "not {"),
-        ({"latent_confidence": {"k": 0}}, "above 0"),
-        ({"latent_confidence": {"k": 65}}, "at most 64"),
+        ({"latent_confidence": {"k": 0}}, "from 1 to 64"),
+        ({"latent_confidence": {"k": 65}}, "from 1 to 64"),
         ({"latent_confidence": {"k": 2.5}}, "whole number"),
         ({"confidence_reward": {"weight": "big"}}, "must be a number"),
         (7, "a signal is a name"),
@@ -77,4 +89,13 @@ def test_two_columns_of_one_name_are_refused():
 
 def test_null_means_all():
     (spec,) = parse_signals([{"attention_mass": {"layers": None}}])
-    assert spec.reading == Reading("mass")
+    assert spec.needs.readings == (Reading("mass"),)
+
+
+def test_needs_that_measure_nothing_are_refused():
+    with pytest.raises(ValueError, match="no query set 'a': choose after, text"):
+        Needs((Reading("mass"),), "after")
+    with pytest.raises(ValueError, match="give both, or neither"):
+        Needs((Reading("mass"),))
+    with pytest.raises(ValueError, match="give both, or neither"):
+        Needs(queries=("after",))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from rl_lvr.errors import UserError
 from rl_lvr.latents.format import FormatIds, get_format
 from rl_lvr.latents.interventions import Intervention
+from rl_lvr.latents.starting import LatentStart
 from rl_lvr.models import ImageFrame
 from rl_lvr.rollout import sampling as draws
 from rl_lvr.rollout.checks import Limits
@@ -21,6 +22,7 @@ from rl_lvr.rollout.vllm import settings as settings_module
 from rl_lvr.rollout.vllm.decisions import uncut_pairs, warp_pairs
 from rl_lvr.rollout.vllm.history import History, Live
 from rl_lvr.rollout.vllm.prompts import collapse
+from rl_lvr.rollout.vllm.sampler import LatentSampler
 from rl_lvr.rollout.vllm.settings import LatentSettings, as_config
 from rl_lvr.rollout.vllm.slots import END, FED, FORCED, SLOT, START, SlotTables
 from rl_lvr.rollout.vllm.weights import Receipt, _buckets, checkpoint_weights, fingerprint, head_columns, head_inputs
@@ -148,6 +150,49 @@ def test_a_request_that_opens_with_start_still_does_when_taken_away_in_its_promp
     assert bool(tables.opens[0]) == (kept == 0)
     assert bool(tables.span.inside[0]) == (kept > 0)
     assert len(places) == kept
+
+
+@pytest.mark.parametrize(
+    ("start", "prompt", "opens"),
+    [("forced", [1, 2], True), ("forced", [1, 7], False), ("forced", [1, 7, 8], False), ("free", [1, 2], False)],
+)
+def test_a_slot_knows_what_becomes_of_start(start, prompt, opens):
+    """A prompt that ends inside a span has its START already."""
+    tables = SlotTables(settings(), 2, torch.float32, torch.device("cpu"))
+    tables.add(0, LatentArgs(Request(prompt, latent_start=LatentStart.parse(start))), params(), broken=False)
+    assert bool(tables.opens[0]) == opens
+    assert not tables.no_start[0]
+    assert tables.start_bias[0] == 0
+    for text, banned, bias in (("forbidden", True, 0.0), ("bias -2.5", False, -2.5), ("free", False, 0.0)):
+        tables.add(0, LatentArgs(Request(prompt, latent_start=LatentStart.parse(text))), params(), broken=False)
+        assert (bool(tables.opens[0]), bool(tables.no_start[0]), float(tables.start_bias[0])) == (False, banned, bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("copies", [False, True], ids=["nothing to process", "a copy"])
+def test_a_bias_stands_in_the_logits_while_vllm_draws_and_no_longer(copies, dtype):
+    """vLLM draws from the logits themselves where no request changes them, and takes the log-probs from there."""
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)).to(dtype)
+    before, bias = logits.clone(), torch.tensor([2.5, 0.0, -1.25])
+    biased = before.clone()
+    biased[:, 7] += bias.to(dtype)
+    seen = []
+
+    def sample(given):
+        seen.append(given.clone())
+        return given.argmax(-1), given.float().clone() if copies else given
+
+    state = SimpleNamespace(
+        settings=settings(),
+        start_bias=lambda: bias,
+        after_filters=lambda given, processed, sampled: seen.append(given.clone()),
+    )
+    sampled, processed = LatentSampler(SimpleNamespace(sample=sample), state).sample(logits)
+    assert torch.equal(seen[0], biased)
+    assert torch.equal(seen[1], before), "the log-probs of the whole softmax are without the bias"
+    assert torch.equal(sampled, biased.argmax(-1))
+    assert torch.equal(processed, biased.to(processed.dtype)), "the log-probs of the draw are with it"
+    assert torch.equal(logits, before) == copies
 
 
 @pytest.mark.parametrize("kept", range(8))

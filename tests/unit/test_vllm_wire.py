@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from rl_lvr.errors import UserError
 from rl_lvr.latents.interventions import Intervention
+from rl_lvr.latents.starting import FREE, LatentStart
 from rl_lvr.rollout.types import Request
 from rl_lvr.rollout.vllm import wire
 
@@ -21,10 +22,12 @@ rows = st.integers(1, 3).flatmap(
     lambda n: st.lists(st.lists(numbers, min_size=WIDTH, max_size=WIDTH), min_size=n, max_size=n)
 )
 vectors = st.one_of(st.none(), rows.map(torch.tensor))
+starts = st.sampled_from([None, *map(LatentStart.parse, ("free", "forced", "forbidden", "bias -2.5"))])
 
 
 @given(
     kind=st.sampled_from(Intervention),
+    start=starts,
     k=st.one_of(st.none(), st.integers(1, 99)),
     filler=st.one_of(st.none(), st.integers(0, 10**6)),
     given_vectors=vectors,
@@ -33,11 +36,12 @@ vectors = st.one_of(st.none(), rows.map(torch.tensor))
     uid=st.one_of(st.none(), st.text(min_size=1)),
     opens=st.booleans(),
 )
-def test_what_goes_in_comes_out(kind, k, filler, given_vectors, prompt_vectors, sigma, uid, opens):
+def test_what_goes_in_comes_out(kind, start, k, filler, given_vectors, prompt_vectors, sigma, uid, opens):
     latents = None if prompt_vectors is None else (prompt_vectors, list(range(2, 2 + len(prompt_vectors))))
     request = Request(
         [1, 2, 3],
         intervention=kind,
+        latent_start=start,
         k=k,
         filler_id=filler,
         vectors=given_vectors,
@@ -50,6 +54,7 @@ def test_what_goes_in_comes_out(kind, k, filler, given_vectors, prompt_vectors, 
     assert (got.sigma, got.uid, got.opens) == (sigma, uid, opens)
     same = got.request
     assert (same.intervention, same.k, same.filler_id, same.seed) == (kind, k, filler, 7)
+    assert (same.latent_start or FREE) == (start or FREE)
     assert (same.vectors is None) == (given_vectors is None)
     assert given_vectors is None or torch.equal(same.vectors, given_vectors)
     assert (same.prompt_latents is None) == (latents is None)
@@ -75,6 +80,9 @@ def test_defaults_are_not_sent_and_keys_of_others_are_left_alone():
         ({"latent_k": 2.5}, "latent_k is 2.5; it must be a whole number"),
         ({"latent_k": True}, "must be a whole number"),
         ({"latent_intervention": "oqn"}, "latent_intervention is 'oqn'"),
+        ({"latent_start": "force"}, "latent_start is 'force'; did you mean 'forced'"),
+        ({"latent_start": 2.5}, "latent_start is 2.5: choose free, forced, forbidden or bias X"),
+        ({"latent_start": "bias 1e9"}, "latent_start has the bias 1000000000.0; it must be from -1000 to 1000"),
         ({"latent_sigma": -1}, "latent_sigma is -1; it must be 0 or more"),
         ({"latent_sigma": "much"}, "it must be 0 or more"),
         ({"latent_sigma": 1e39}, "latent_sigma is 1e+39; it must be 0 or more, at most 1e+06"),

@@ -17,7 +17,7 @@ from rl_lvr.errors import UserError
 from rl_lvr.latents.format import LatentFormat
 from rl_lvr.progress import task
 from rl_lvr.rollout.server import protocol, weights
-from rl_lvr.rollout.types import Capability, Request, Rollout, Sampling, request_seeds
+from rl_lvr.rollout.types import Capability, Request, Rollout, Sampling, request_seeds, with_start
 from rl_lvr.rollout.vllm import calls
 from rl_lvr.rollout.vllm.settings import LatentSettings
 from rl_lvr.rollout.vllm.weights import mismatch
@@ -95,6 +95,7 @@ class ServerRolloutEngine:
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
         """One rollout per request, in their order. If one fails, or the caller is interrupted, all are ended."""
+        requests = with_start(requests, sampling)
         for index, request in enumerate(requests):
             calls.check(index, request, self._settings)
         seeds = request_seeds(requests, sampling)

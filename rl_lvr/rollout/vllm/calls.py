@@ -17,7 +17,7 @@ from rl_lvr.errors import UserError
 from rl_lvr.latents.interventions import Intervention
 from rl_lvr.rollout.checks import check_request, starts_with_own
 from rl_lvr.rollout.spanstate import open_span
-from rl_lvr.rollout.types import Request, Rollout, Sampling, StopReason, Uncut
+from rl_lvr.rollout.types import Request, Rollout, Sampling, StopReason, Uncut, distorts, start_of
 from rl_lvr.rollout.vllm import wire
 from rl_lvr.rollout.vllm.prompts import collapse
 from rl_lvr.rollout.vllm.settings import LatentSettings, check_room
@@ -139,6 +139,7 @@ def sampling_fields(
         raise UserError(f"sigma is {sampling.sigma}; vLLM's workers take {wire.MOST_SIGMA:.0e} at most.")
     check_seed(seed)
     opens = starts_with_own(request, settings.markers)
+    request = replace(request, latent_start=start_of(request, sampling))
     return {
         "max_tokens": min(sampling.max_tokens, settings.limits.max_positions) + opens,
         "temperature": sampling.temperature,
@@ -202,7 +203,8 @@ def rollout_of(
         vectors = torch.cat([given.to("cpu", vectors.dtype), vectors])
         places = [*(int(place) for place in where), *places]
     own = settings.thinks and request.intervention is Intervention.OWN
-    if sampling.distorts and answer.uncut is None:
+    start = start_of(request, sampling)
+    if distorts(sampling, start) and answer.uncut is None:
         raise RuntimeError(f"request {index}: no log-probs before the cut came back with its tokens.")
     return Rollout(
         prompt_ids=tuple(prompt),
@@ -216,6 +218,7 @@ def rollout_of(
         sigma=sampling.sigma if own else 0.0,
         intervention=request.intervention,
         uncut=None if answer.uncut is None else answer.uncut[opens:],
+        latent_start=start,
     )
 
 

@@ -19,7 +19,7 @@ from rl_lvr.finite import require_finite_files
 from rl_lvr.latents.format import LatentFormat
 from rl_lvr.models.loading import checkpoint_folder
 from rl_lvr.progress import task
-from rl_lvr.rollout.types import Capability, Request, Rollout, Sampling, request_seeds
+from rl_lvr.rollout.types import Capability, Request, Rollout, Sampling, request_seeds, with_start
 from rl_lvr.rollout.vllm import calls, guards, memory, plugin, selftest
 from rl_lvr.rollout.vllm.colocated import beside_a_trainer, leave
 from rl_lvr.rollout.vllm.settings import MAX_LATENTS, as_config, settings_for_folder
@@ -106,6 +106,7 @@ class VLLMRolloutEngine:
         """One rollout per request, in their order."""
         if self._fault is not None:
             raise UserError(self._fault)
+        requests = with_start(requests, sampling)
         for index, request in enumerate(requests):
             calls.check(index, request, self.settings)
         if not requests:

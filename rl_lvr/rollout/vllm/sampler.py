@@ -33,10 +33,40 @@ class LatentSampler:
         return output
 
     def sample(self, logits: Tensor, *args: Any, **more: Any) -> tuple[Tensor, Tensor]:
-        """The only place where the logits before and after penalties and filters are both there."""
+        """The only place where the logits before and after penalties and filters are both there.
+
+        A bias on START stands in its column while vLLM draws, and what stood there before comes back exactly.
+        """
+        bias, start = self._state.start_bias(), self._state.settings.markers.start
+        if bias is None:
+            sampled, processed = self._base.sample(logits, *args, **more)
+            self._state.after_filters(logits, processed, sampled)
+            return sampled, processed
+        column = logits[:, start]
+        unbiased = column.clone()
+        column.add_(bias)
+        biased = column.clone()
         sampled, processed = self._base.sample(logits, *args, **more)
+        column.copy_(unbiased)
         self._state.after_filters(logits, processed, sampled)
+        if processed.data_ptr() == logits.data_ptr():  # no copy where no request changes its logits
+            column.copy_(biased)  # vLLM takes the log-probs of the draw from here
         return sampled, processed
+
+
+def write_over(output: Any, rows: Tensor, token: Tensor, logprobs: Tensor) -> None:
+    """Put `token` and its log-prob into vLLM's sampler output where `rows` says so, in place."""
+    sampled = output.sampled_token_ids[:, 0]
+    sampled.copy_(torch.where(rows, token, sampled))
+    scores = output.logprobs_tensors
+    if scores is None:
+        return
+    first = scores.logprob_token_ids[:, 0]
+    first.copy_(torch.where(rows, token, first))
+    if scores.logprobs.shape[1] > 1:
+        scores.logprobs[:, 1:].masked_fill_(rows[:, None], float("-inf"))
+    scores.logprobs[:, 0].copy_(torch.where(rows, logprobs, scores.logprobs[:, 0]))
+    scores.selected_token_ranks.masked_fill_(rows, 1)
 
 
 @triton.jit

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from rl_lvr.errors import UserError
 from rl_lvr.latents.interventions import Intervention
+from rl_lvr.rollout.checks import opens_span
 from rl_lvr.rollout.feeding import FedRows, fed
 from rl_lvr.rollout.spanstate import SpanState, latents_per_span, open_span
+from rl_lvr.rollout.types import start_of
 from rl_lvr.rollout.vllm.settings import LatentSettings
 from rl_lvr.rollout.vllm.wire import LatentArgs
 
@@ -45,6 +47,7 @@ class SlotTables:
         self.broken = table(torch.bool)
         """The request cannot go on: it is made to end."""
         self.no_start = table(torch.bool)
+        self.start_bias = table(torch.float32)
         self.filler = table(torch.long)
         self.seeds = table(torch.long)
         self.feeds = table(torch.bool)
@@ -82,6 +85,7 @@ class SlotTables:
         UserError, and nothing is written, if a number does not fit into its table.
         """
         request, kind, markers = args.request, args.request.intervention, self._settings.markers
+        start = start_of(request)
         fed = open_span(request.prompt_ids, markers) if not broken else None
         span = self.span
         values = (
@@ -90,9 +94,10 @@ class SlotTables:
             (span.total, 0),
             (span.k, latents_per_span(request, markers)),
             (span.plain, kind is Intervention.PLAIN_TOKENS),
-            (self.opens, args.opens),
+            (self.opens, args.opens or opens_span(request, start, markers)),
             (self.broken, broken),
-            (self.no_start, kind is Intervention.NONE),
+            (self.no_start, start.forbidden or kind is Intervention.NONE),
+            (self.start_bias, start.bias),
             (self.filler, request.filler_id or 0),
             (self.seeds, request.seed or 0),
             (self.feeds, kind.feeds_vectors),

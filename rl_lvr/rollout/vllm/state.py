@@ -1,9 +1,10 @@
 """The latent state inside vLLM's Model Runner V2: what is forced, what is fed, what is remembered.
 
 One step: `prepare_inputs_embeds` writes the latents over the embeddings; the model runs; `before_sampling` bans what
-nobody may draw; vLLM samples; `after_sampling` writes over the tokens of spans and makes the next latents. A row is a
-request's place in the step's batch, a slot its place in the tables. Nothing in a step waits for the device, and there
-is no loop over requests unless one brings latents in its prompt or comes back from a preemption.
+nobody may draw; vLLM samples, with the bias on START that a request asks for; `after_sampling` writes over the tokens
+of spans and makes the next latents. A row is a request's place in the step's batch, a slot its place in the tables.
+Nothing in a step waits for the device, and there is no loop over requests unless one brings latents in its prompt or
+comes back from a preemption.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from rl_lvr.errors import UserError
 from rl_lvr.latents.feedback import feedback
 from rl_lvr.latents.interventions import Intervention
 from rl_lvr.rollout.spanstate import NOT_FORCED
-from rl_lvr.rollout.types import Request, distorts
+from rl_lvr.rollout.types import Request, distorts, start_of
 from rl_lvr.rollout.vllm import guards, wire
 from rl_lvr.rollout.vllm.calls import checked_args
 from rl_lvr.rollout.vllm.decisions import draw_pairs, uncut_pairs, warp_pairs
 from rl_lvr.rollout.vllm.history import History, Live
-from rl_lvr.rollout.vllm.sampler import LatentSampler, end_or_rest, score_uncut
+from rl_lvr.rollout.vllm.sampler import LatentSampler, end_or_rest, score_uncut, write_over
 from rl_lvr.rollout.vllm.settings import LatentSettings
 from rl_lvr.rollout.vllm.slots import END, FED, FORCED, SLOT, START, SlotTables
 
@@ -72,7 +73,8 @@ class LatentModelState(DefaultModelState):
         self._planted: dict[str, _Planted] = {}
         self._noisy: set[str] = set()
         self._supplied: set[str] = set()
-        self._shy: set[str] = set()
+        self._without_start: set[str] = set()
+        self._biased: set[str] = set()
         self._distorted: set[str] = set()
         banned = set(markers.never_sampled)
         if markers.start is not None and not self.settings.thinks:
@@ -110,6 +112,7 @@ class LatentModelState(DefaultModelState):
             return
         args, error = self._args(request_id, ids[:prompt_len], sampling)
         error = self._start(req_index, args, sampling, error)
+        start = start_of(args.request)
         room = (sampling.max_tokens or self.max_model_len) + 1
         live = Live(
             slot=req_index,
@@ -118,7 +121,7 @@ class LatentModelState(DefaultModelState):
             tokens=min(prompt_len + room, self.max_model_len + 1),
             latents=min(room, self.settings.max_latents),
             error=error,
-            distorted=error is None and distorts(sampling),
+            distorted=error is None and distorts(sampling, start),
         )
         if error is not None:
             logger.error("Ended: %s", error)
@@ -129,8 +132,10 @@ class LatentModelState(DefaultModelState):
             self._noisy.add(request_id)
         if args.request.vectors is not None:
             self._supplied.add(request_id)
-        if kind is Intervention.NONE:
-            self._shy.add(request_id)
+        if self.settings.markers.start is not None and (start.forbidden or kind is Intervention.NONE):
+            self._without_start.add(request_id)
+        if start.biased:
+            self._biased.add(request_id)
         if live.distorted:
             self._distorted.add(request_id)
         self._plant(request_id, live, args, ids)
@@ -185,10 +190,8 @@ class LatentModelState(DefaultModelState):
     def remove_request(self, req_id: str) -> None:
         super().remove_request(req_id)
         self._planted.pop(req_id, None)
-        self._noisy.discard(req_id)
-        self._supplied.discard(req_id)
-        self._shy.discard(req_id)
-        self._distorted.discard(req_id)
+        for requests in (self._noisy, self._supplied, self._without_start, self._biased, self._distorted):
+            requests.discard(req_id)
         if self.leaving is not None:
             finished, preempted = self.leaving
             self.history.remove(req_id, preempted=req_id in preempted and req_id not in finished)
@@ -240,8 +243,12 @@ class LatentModelState(DefaultModelState):
             assert markers.end is not None
             end_or_rest(logits, tables.span.inside[slots], markers.end, self._pairs)
         logits.index_fill_(1, self._banned, float("-inf"))
-        if self._shy:
+        if self._without_start:
             logits[:, markers.start].masked_fill_(tables.no_start[slots], float("-inf"))
+
+    def start_bias(self) -> Tensor | None:
+        """What is added to START's logit in each row; None if nothing is in any."""
+        return self.tables.start_bias[self._slots] if self._biased else None
 
     def after_filters(self, logits: Tensor, processed: Tensor, sampled: Tensor) -> None:
         """Between vLLM's draw and its log-probs: what the whole softmax says of the token, for those who need it."""
@@ -315,7 +322,7 @@ class LatentModelState(DefaultModelState):
         for name in ("inside", "fed", "total"):
             table = getattr(tables.span, name)
             table[slots] = torch.where(active, getattr(span, name), table[slots])
-        _write(output, written_over, token, logprobs)
+        write_over(output, written_over, token, logprobs)
 
     def _decide(self, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """END (0) or another latent (1) for every row, its log-prob, and what `Uncut` says of it. Only rows inside a
@@ -329,21 +336,6 @@ class LatentModelState(DefaultModelState):
 
 def _kinds(drawn: Tensor, markers: Any) -> Tensor:
     return START * (drawn == markers.start) + SLOT * (drawn == markers.slot) + END * (drawn == markers.end)
-
-
-def _write(output: Any, rows: Tensor, token: Tensor, logprobs: Tensor) -> None:
-    """Put `token` and its log-prob into vLLM's sampler output where `rows` says so, in place."""
-    sampled = output.sampled_token_ids[:, 0]
-    sampled.copy_(torch.where(rows, token, sampled))
-    scores = output.logprobs_tensors
-    if scores is None:
-        return
-    first = scores.logprob_token_ids[:, 0]
-    first.copy_(torch.where(rows, token, first))
-    if scores.logprobs.shape[1] > 1:
-        scores.logprobs[:, 1:].masked_fill_(rows[:, None], float("-inf"))
-    scores.logprobs[:, 0].copy_(torch.where(rows, logprobs, scores.logprobs[:, 0]))
-    scores.selected_token_ranks.masked_fill_(rows, 1)
 
 
 def watch_preemption() -> None:

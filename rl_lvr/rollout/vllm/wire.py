@@ -18,11 +18,13 @@ from torch import Tensor
 
 from rl_lvr.errors import UserError, near_miss
 from rl_lvr.latents.interventions import Intervention
+from rl_lvr.latents.starting import FREE, LatentStart
 from rl_lvr.rollout.types import Request
 
 Wire = dict[str, str | int | float | list[int]]
 
 INTERVENTION = "latent_intervention"
+START = "latent_start"
 K = "latent_k"
 SIGMA = "latent_sigma"
 UID = "latent_uid"
@@ -31,7 +33,7 @@ VECTORS = "latent_vectors"
 PROMPT_VECTORS = "latent_prompt_vectors"
 PROMPT_POSITIONS = "latent_prompt_positions"
 OPENS = "latent_opens"
-KEYS = (INTERVENTION, K, SIGMA, UID, FILLER, VECTORS, PROMPT_VECTORS, PROMPT_POSITIONS, OPENS)
+KEYS = (INTERVENTION, START, K, SIGMA, UID, FILLER, VECTORS, PROMPT_VECTORS, PROMPT_POSITIONS, OPENS)
 _PREFIX = "latent_"
 
 MOST = 2**30
@@ -52,7 +54,8 @@ class LatentArgs:
     uid: str | None = None
     """Under which the latents are fetched afterwards. Without one they are dropped when the request ends."""
     opens: bool = False
-    """The first token is START, forced, with a latent of the model's own (`before_start`)."""
+    """The first token is START, forced, with a latent of the model's own (`before_start`): the prompt's own last token,
+    which was left out of it. A START that `latent_start` forces needs no such mark."""
 
 
 def encode(args: LatentArgs) -> Wire:
@@ -61,6 +64,8 @@ def encode(args: LatentArgs) -> Wire:
     wire: Wire = {}
     if request.intervention is not Intervention.OWN:
         wire[INTERVENTION] = request.intervention.value
+    if request.latent_start not in (None, FREE):
+        wire[START] = str(request.latent_start)
     if request.k is not None:
         wire[K] = request.k
     if request.filler_id is not None:
@@ -96,6 +101,7 @@ def decode(wire: Mapping[str, Any] | None, prompt_ids: Sequence[int], seed: int,
     request = replace(
         request,
         intervention=Intervention(kind),
+        latent_start=LatentStart.parse(ours[START]) if START in ours else None,
         k=_whole(ours, K),
         filler_id=_whole(ours, FILLER),
         vectors=_vectors(ours, VECTORS, hidden_size),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rl_lvr.agreement import agree, concatenated, largest, mean_of_all
 from rl_lvr.errors import UserError
 from rl_lvr.latents.format import FormatIds, LatentFormat
+from rl_lvr.latents.starting import LatentStart
 from rl_lvr.latents.text import ControlTokens
 from rl_lvr.rollout.replay import check_parity
 from rl_lvr.rollout.types import RolloutEngine
@@ -117,7 +118,8 @@ class Checks:
         counts = own.sum(1)
         norms = latents.values[own].float().norm(dim=-1)
         rate = self._metrics.add_mean("latent/rate", float((counts > 0).sum()), len(counts))
-        if self._metrics.training and markers.format.feedback != "none":
+        possible = markers.format.feedback != "none" and not batch.sampling.latent_start.forbidden
+        if self._metrics.training and possible:
             warning = self._unopened.note(rate or 0.0)
             if warning is not None and self._config.process_index == 0:
                 _log.warning("%s", warning)
@@ -204,6 +206,12 @@ def check_settings(args: LatentGRPOConfig, latent_format: LatentFormat, hidden_s
         raise UserError(
             f"max_completion_length is {answer}, and a span of k {latent_format.k} takes {span} tokens with its "
             "markers, so none could ever be whole: raise max_completion_length, or set a smaller latent_k."
+        )
+    start = LatentStart.parse(args.latent_start)
+    if latent_format.feedback == "none" and (start.forced or start.biased):
+        raise UserError(
+            f"latent_start is {args.latent_start!r}, but latent format {latent_format.name!r} generates no latents: "
+            "leave latent_start out."
         )
     if not args.temperature > 0:
         raise UserError(f"temperature is {args.temperature}; it must be above 0, or nothing is explored.")

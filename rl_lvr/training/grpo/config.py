@@ -9,6 +9,7 @@ from typing import Any
 from trl import GRPOConfig
 
 from rl_lvr.errors import UserError
+from rl_lvr.latents.starting import LatentStart
 from rl_lvr.rollout.options import ENGINES
 from rl_lvr.training.grpo.policies import policy_of
 from rl_lvr.training.grpo.rules import rules_of
@@ -71,6 +72,7 @@ WITHOUT_LATENTS = {
             "latent_scale",
             "latent_epsilon",
             "latent_epsilon_high",
+            "latent_start",
         ),
         "there are no latents",
     ),
@@ -134,6 +136,13 @@ class LatentGRPOConfig(TrainerSettings, GRPOConfig):
     latent_epsilon_high: float | None = field(
         default=None, metadata={"help": "Its upper side, if that differs from latent_epsilon."}
     )
+    latent_start: str = field(
+        default="free",
+        metadata={
+            "help": "The start token of spans in rollouts: free, drawn by the model. forced: the first token of every "
+            "completion, without loss. forbidden: never drawn. 'bias X': X is added to its logit."
+        },
+    )
 
     replay_tolerance: float | None = field(
         default=None,
@@ -194,6 +203,7 @@ class LatentGRPOConfig(TrainerSettings, GRPOConfig):
         require_at_least(self, 1, "rollout_batch", "scoring_batch", "max_idle_steps")
         if self.replay_tolerance is not None and not self.replay_tolerance > 0:
             raise UserError(f"replay_tolerance is {self.replay_tolerance}; it must be above 0.")
+        LatentStart.parse(self.latent_start)
         policy_of(self)  # refuses what does not go with it
         self.on_rollout = rules_of(self.on_rollout)
 

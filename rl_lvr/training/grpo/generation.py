@@ -40,6 +40,11 @@ def check_engine_of(
             f"the engine {name} keeps the weights that it was started with, so the trainer would "
             "learn from rollouts of an old model: use the engine vllm or hf, or server with a weights_folder."
         )
+    if config.latent_start != "free" and Capability.LATENT_START not in engine.capabilities:
+        raise UserError(
+            f"the engine {name} has no control of START, which latent_start {config.latent_start!r} needs: use the "
+            "engine hf or vllm, or latent_start free."
+        )
     if isinstance(engine, HFRolloutEngine) and sharded and not config.ds3_gather_for_generation:
         raise UserError(
             "under ZeRO-3 the engine hf decodes on gathered weights: leave ds3_gather_for_generation on, or use "

@@ -12,6 +12,7 @@ from rl_lvr.errors import UserError
 from rl_lvr.latents.batch import LatentBatch
 from rl_lvr.latents.feedback import NAME as FEEDBACK
 from rl_lvr.latents.format import FormatIds, LatentFormat
+from rl_lvr.latents.starting import LatentStart
 from rl_lvr.latents.text import ControlTokens
 from rl_lvr.rollout.hf import HFRolloutEngine
 from rl_lvr.rollout.types import Capability, RolloutEngine, Sampling
@@ -42,6 +43,8 @@ class LatentRun:
     """Tokens that no text of a prompt may hold."""
     rolls_out_again: bool
     """Whether a reward asks for what comes of a prompt without latents."""
+    draws_start: bool
+    """Whether `latent_start` lets rollouts draw START."""
     drops_idle: bool
     """Whether rows without an advantage are left out of the policy pass."""
     corrects: bool
@@ -59,7 +62,17 @@ class LatentRun:
     ) -> FedModel:
         """Return `model` for a pass that is fed `latents`; `scores` if it is the scoring pass."""
         policy, signals = (None, self.signals) if scores else (self.policy, ())
-        return FedModel(model, latents, start, self.markers, temperature, policy, signals, images_per_row)
+        return FedModel(
+            model,
+            latents,
+            start,
+            self.markers,
+            temperature,
+            policy,
+            signals,
+            images_per_row,
+            draws_start=self.draws_start,
+        )
 
 
 def latent_run(trainer: GRPOTrainer, latent_format: LatentFormat, engine: RolloutEngine | None) -> LatentRun:
@@ -85,6 +98,7 @@ def latent_run(trainer: GRPOTrainer, latent_format: LatentFormat, engine: Rollou
             f"the engine {type(engine).__name__} cannot leave latents out, which a reward of necessity needs: use "
             "the engine hf or vllm, or leave the reward out."
         )
+    start = LatentStart.parse(config.latent_start)
     sampling = Sampling(
         max_tokens=config.max_completion_length,
         temperature=config.temperature,
@@ -92,6 +106,7 @@ def latent_run(trainer: GRPOTrainer, latent_format: LatentFormat, engine: Rollou
         top_k=config.top_k,
         min_p=config.min_p or 0.0,
         repetition_penalty=config.repetition_penalty,
+        latent_start=start,
     )
     run = LatentRun(
         markers=markers,
@@ -103,6 +118,7 @@ def latent_run(trainer: GRPOTrainer, latent_format: LatentFormat, engine: Rollou
         recorder=Recorder(config, markers, tokenizer, trainer.metrics),
         control=ControlTokens(tokenizer, markers, markers.placeholders),
         rolls_out_again=again,
+        draws_start=not start.forbidden,
         drops_idle=drops_idle(config, router_loss=trainer.aux_loss_enabled),
         corrects=config.vllm_importance_sampling_correction,
     )

@@ -56,11 +56,15 @@ class FedModel:
         policy: LatentPolicy | None = None,
         signals: Sequence[SignalSpec] = (),
         images_per_row: Sequence[int] | None = None,
+        *,
+        draws_start: bool = True,
     ) -> None:
         """`latents` of all rows, positions in the padded ids, whose completions begin at `start`.
 
         A policy or reference pass is made as `policy` says. A scoring pass has none, and finds the means of latents.
+        `draws_start`: whether the engine may draw START; otherwise it is out of the softmax too.
         """
+        self._draws_start = draws_start and markers.format.feedback != "none"
         self._images_per_row = images_per_row
         self._model, self._markers, self._temperature = model, markers, temperature
         self._latents, self._start = latents, start
@@ -182,8 +186,8 @@ class FedModel:
         width = self._family.config.get_text_config().vocab_size
         ban: Any = torch.zeros(width, device=head.weight.device, dtype=head.weight.dtype)
         ban[list(self._markers.never_sampled)] = _OUT
-        if self._markers.start is not None and self._markers.format.feedback == "none":
-            ban[self._markers.start] = _OUT  # engines generate no block then, so they do not draw START either
+        if self._markers.start is not None and not self._draws_start:
+            ban[self._markers.start] = _OUT
         if head.bias is not None:
             ban = ban + head.bias
         if hasattr(head.weight, "ds_status"):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rl_lvr.errors import UserError, exits_refused, near_miss
-from rl_lvr.plugins import Found, Kind, find
+from rl_lvr.plugins import Found, Kind, find, located
 from rl_lvr.training.rewards.call import guard
 from rl_lvr.training.rewards.options import FROM_TRAINER, options_of, signal_names, taken, with_options
 
@@ -161,7 +161,7 @@ def _load(fields: Mapping[str, Any], beside: Path | None) -> RewardSpec:
     reward = with_options(found.target, options, f"reward {name!r}")
     if not callable(reward):
         raise UserError(f"reward {name!r} is a class whose objects cannot be called: give it __call__.")
-    signals = _signals(name, reward, found, fields.get("signals", ()))
+    signals = _signals(name, reward, found, fields.get("signals", ()), beside)
     function = guard(reward, label, signals=signals, on_error=on_error, timeout=timeout)
     schedule = _schedule(name, fields.get("schedule", "constant"))
     return _spec(label, found, reward, function, float(weight), schedule, signals)
@@ -170,7 +170,7 @@ def _load(fields: Mapping[str, Any], beside: Path | None) -> RewardSpec:
 def spec_of(function: Callable[..., Any], name: str) -> RewardSpec:
     """A reward function as TRL takes it, called as it is: with a weight of 1 and the signals that it declares."""
     found = Found(name, "reward_funcs", function)
-    return _spec(name, found, function, function, 1.0, Schedule(), _signals(name, function, found, ()))
+    return _spec(name, found, function, function, 1.0, Schedule(), _signals(name, function, found, (), None))
 
 
 def _spec(
@@ -221,8 +221,11 @@ def _fields(entry: str | Mapping[str, Any]) -> Mapping[str, Any]:
     return entry
 
 
-def _signals(name: str, reward: Callable[..., Any], found: Found, given: Any) -> tuple[Any, ...]:
-    """The reward's own signals and the recipe's, which take the place of its own where the names agree."""
+def _signals(name: str, reward: Callable[..., Any], found: Found, given: Any, beside: Path | None) -> tuple[Any, ...]:
+    """The reward's own signals and the recipe's, which take the place of its own where the names agree.
+
+    A signal in a file of the folder `beside` is named with that folder: whoever measures it does not know the folder.
+    """
     if not isinstance(given, list | tuple):
         raise UserError(f"reward {name!r}: signals are {given!r}; write a list of names.")
     declared = getattr(getattr(reward, "func", reward), "signals", ())
@@ -232,7 +235,12 @@ def _signals(name: str, reward: Callable[..., Any], found: Found, given: Any) ->
     entries = (*(entry for entry in declared if not signal_names([entry]) & replaced), *given)
     if any(not signal_names([entry]) for entry in entries):
         raise UserError(f"reward {name!r}: a signal is a name, or a name with its parameters; not {entries!r}.")
-    return entries
+    return tuple(
+        located(entry, beside)
+        if isinstance(entry, str)
+        else {located(str(key), beside): parameters for key, parameters in entry.items()}
+        for entry in entries
+    )
 
 
 def _schedule(name: str, given: Any) -> Schedule:

@@ -103,15 +103,18 @@ def taken(reward: Callable[..., Any], signals: Collection[str]) -> Taken:
 
 
 def signal_names(signals: Sequence[Any]) -> set[str]:
-    """The columns that signals arrive in: their names, or the names that their parameters give them."""
+    """The columns that signals arrive in: their names, or the names that their parameters give them.
+
+    A signal named as `package.module:function` or `path/file.py:function` arrives under the function's name.
+    """
     names = set()
     for entry in signals:
         if isinstance(entry, str):
-            names.add(entry)
+            names.add(entry.rpartition(":")[2])
         elif isinstance(entry, Mapping) and len(entry) == 1:
             ((name, parameters),) = entry.items()
             renamed = parameters.get("name") if isinstance(parameters, Mapping) else None
-            names.add(str(renamed or name))
+            names.add(str(renamed or str(name).rpartition(":")[2]))
     return names
 
 
