@@ -55,6 +55,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     drawing.add_argument("--top-p", type=float, default=1.0)
     drawing.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens (0)")
     drawing.add_argument("--seed", type=int, default=0)
+    drawing.add_argument(
+        "--latent-start",
+        default="free",
+        metavar="HOW",
+        help="free, forced, forbidden or 'bias X': what is done to START in all conditions that do not say it (free)",
+    )
     engine = parser.add_argument_group("engine")
     engine.add_argument("--engine", choices=("hf", "vllm", "server"), default="hf")
     engine.add_argument("--engine-options", default="{}", metavar="YAML", help="{name: value, ...} (docs/engines.md)")
@@ -127,6 +133,7 @@ def _evaluate(args: argparse.Namespace, conditions: Sequence[Condition], options
     from rl_lvr.evaluation.rows import AnswerFile, Rule
     from rl_lvr.latents.format import LatentFormat, choose_format
     from rl_lvr.latents.interventions import Intervention
+    from rl_lvr.latents.starting import LatentStart
     from rl_lvr.models.loading import checkpoint_folder, load_processor
     from rl_lvr.rollout.types import Sampling
     from rl_lvr.signals import parse_signals
@@ -139,7 +146,8 @@ def _evaluate(args: argparse.Namespace, conditions: Sequence[Condition], options
     if specs and Intervention.OWN not in kinds:
         raise UserError("signals are measured on the model's own latents: add own to --conditions.")
     temperature = float(args.samples > 1) if args.temperature is None else args.temperature
-    sampling = Sampling(args.max_tokens, temperature, args.top_p, args.top_k, seed=args.seed)
+    start = LatentStart.parse(args.latent_start)
+    sampling = Sampling(args.max_tokens, temperature, args.top_p, args.top_k, seed=args.seed, latent_start=start)
     records = load_records(args.data, args.limit)
     folder = checkpoint_folder(args.model)
     changes = {} if args.k is None else {"k": args.k}
@@ -201,7 +209,7 @@ def _settings(
         "weights": _stamp(folder),
         "data": str(Path(args.data).resolve()),
         "format": asdict(latent_format),
-        "sampling": {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(sampling).items()},
+        "sampling": {name: _plain(getattr(sampling, name)) for name in vars(sampling)},
         "rule": asdict(rule),
         "engine": args.engine,
         "cluster": args.cluster,
@@ -209,6 +217,11 @@ def _settings(
         "filler": args.filler,
         "signals": args.signals,
     }
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back."""
+    return list(value) if isinstance(value, tuple) else value if isinstance(value, int | float | str) else str(value)
 
 
 def _stamp(folder: Path) -> list[list[Any]]:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from rl_lvr.errors import UserError, near_miss
 from rl_lvr.latents.interventions import Intervention
-from rl_lvr.rollout.types import Request, Rollout
+from rl_lvr.latents.starting import FREE, LatentStart
+from rl_lvr.rollout.types import Request, Rollout, Sampling
 
 DONATED = (Intervention.SWAP, Intervention.MEAN)
 """Made of the own latents of other rows."""
@@ -28,18 +29,28 @@ PIECE = 2048
 
 @dataclass(frozen=True)
 class Condition:
-    """An intervention under which every question is answered."""
+    """An intervention under which every question is answered, and what is done to START in it."""
 
     intervention: Intervention = Intervention.OWN
+    start: LatentStart | None = None
+    """None: as the call of the engine says (`Sampling.latent_start`)."""
 
     @property
     def name(self) -> str:
-        return self.intervention.value
+        """Such as `own`, `noise/forced`, `own/bias=2.5`."""
+        start = "" if self.start is None else f"/{self.start}".replace(" ", "=")
+        return f"{self.intervention.value}{start}"
 
     @property
     def own(self) -> Condition:
-        """The condition of the model's own latents that this one is compared with, and takes its donors from."""
-        return Condition()
+        """The condition of the model's own latents that this one takes its donors from."""
+        return Condition(start=self.start)
+
+    def latent_start(self, sampling: Sampling) -> LatentStart:
+        """What is done to START, in a call with this `sampling`. Without a block there is nothing to force or bias."""
+        if self.intervention is Intervention.NONE:
+            return FREE
+        return sampling.latent_start if self.start is None else self.start
 
     @property
     def donated(self) -> bool:
@@ -49,13 +60,17 @@ class Condition:
     def parse(cls, text: str) -> Condition:
         """From its name."""
         names = [kind.value for kind in Intervention if kind is not Intervention.GIVEN]
-        word = text.strip()
+        word, slash, rest = (part.strip() for part in text.partition("/"))
         if word == Intervention.GIVEN.value:
             raise UserError("condition 'given' needs vectors of your own: feed them with rl-lvr generate --vectors.")
         if word not in names:
             hint = near_miss(word, names, f"; choose from {', '.join(names)}.")
             raise UserError(f"no condition {word!r}{hint}")
-        return cls(Intervention(word))
+        if slash and word == Intervention.NONE.value:
+            raise UserError(
+                f"condition {text.strip()!r} makes no block, so nothing can be done to its START: write none."
+            )
+        return cls(Intervention(word), LatentStart.parse(rest) if slash else None)
 
 
 def parse_conditions(text: str | Sequence[str]) -> list[Condition]:

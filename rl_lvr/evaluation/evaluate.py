@@ -158,13 +158,8 @@ class _Store:
     def collapse(self, names: Sequence[str]) -> float | None:
         """`collapse_of` the latents that are there."""
         numbers = {name: number for number, name in enumerate(names)}
-        return collapse_of(
-            [
-                (numbers[name], vectors)
-                for (name, condition, _), vectors in self._read()
-                if name in numbers and condition == OWN
-            ]
-        )
+        held = [(name, vectors) for (name, condition, _), vectors in self._read() if condition == OWN]
+        return collapse_of([(numbers[name], vectors) for name, vectors in held if name in numbers])
 
     def _read(self) -> list[tuple[tuple[str, str, int], Tensor]]:
         found: dict[tuple[str, str, int], Tensor] = {}

@@ -172,7 +172,16 @@ class Plan:
             vectors = oracles[item.question] if kind is Intervention.ORACLE else given.get(item, (None, None))[0]
             filler = self.filler_id if kind is Intervention.PLAIN_TOKENS else None
             prompt = prompts[item.question]
-            requests.append(replace(prompt, seed=self.seed(item), intervention=kind, vectors=vectors, filler_id=filler))
+            requests.append(
+                replace(
+                    prompt,
+                    seed=self.seed(item),
+                    intervention=kind,
+                    vectors=vectors,
+                    filler_id=filler,
+                    latent_start=item.condition.latent_start(self.sampling),
+                )
+            )
         rollouts = engine.generate(requests, self.sampling)
         return [
             Answered(item, request, rollout, given.get(item, (None, None))[1])

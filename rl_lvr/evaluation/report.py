@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -38,11 +38,19 @@ def summarise(rows: Sequence[Row], undefined: Mapping[str, str] | None = None) -
 
 def _tables(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     conditions = by_condition(rows)
-    own = {(row.id, row.seed): row for row in conditions.get(OWN, [])}
-    return {name: _table(mine, own if name != OWN else {}) for name, mine in conditions.items()}
+    return {name: _table(mine, conditions.get(_base(name, conditions), [])) for name, mine in conditions.items()}
 
 
-def _table(rows: Sequence[Row], own: Mapping[tuple[str, int], Row]) -> dict[str, Any]:
+def _base(name: str, known: Collection[str]) -> str:
+    """The condition that `name` is compared with: own latents with the same START if there are such answers."""
+    _, slash, start = name.partition("/")
+    same = f"{OWN}{slash}{start}"
+    base = same if same in known and same != name else OWN
+    return base if base != name else ""
+
+
+def _table(rows: Sequence[Row], base: Sequence[Row]) -> dict[str, Any]:
+    own = {(row.id, row.seed): row for row in base}
     right = [row.right for row in rows]
     clusters = [row.cluster for row in rows]
     share = proportion(right, clusters)

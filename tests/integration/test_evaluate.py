@@ -22,7 +22,7 @@ from rl_lvr.evaluation.report import summarise
 from rl_lvr.evaluation.rows import read_rows
 
 FIELDS = ["id", "condition", "answer", "text", "extracted", "right", "rule", "latents", "cluster", "category", "seed"]
-MANY = "own,noise,mean,swap,oracle,skip,markers_only,plain_tokens"
+MANY = "own,own/forced,noise/forced,swap/forced,mean/forced,oracle,skip,plain_tokens,own/bias=-3"
 
 
 @pytest.fixture(scope="module")
@@ -206,8 +206,9 @@ def test_hf_and_vllm_give_the_same_answers(folder: Path, data: Path, tmp_path: P
     more = ["--engine", "vllm", "--engine-options", json.dumps(options), "--batch", "16"]
     assert main(words(folder, data, out["vllm"], *every, *more)) == 0
     one, other = ({row.key: row for row in read_rows(path)} for path in out.values())
-    assert len(one) == 6 * 8
+    assert len(one) == 6 * 9
     assert one == other
-    own = {key[0]: row.text for key, row in one.items() if key[1] == "own"}
-    others = [row for row in one.values() if row.condition in ("noise", "swap", "oracle", "skip")]
+    own = {key[0]: row.text for key, row in one.items() if key[1] == "own/forced"}
+    others = [row for row in one.values() if row.condition in ("noise/forced", "swap/forced", "skip")]
     assert any(row.text != own[row.id] for row in others)
+    assert all(row.latents >= 3 for row in one.values() if row.condition.endswith("/forced"))

@@ -26,6 +26,7 @@ from rl_lvr.evaluation.conditions import (
 from rl_lvr.evaluation.plan import Item, Plan
 from rl_lvr.evaluation.questions import Question, Questions
 from rl_lvr.latents.interventions import Intervention
+from rl_lvr.latents.starting import LatentStart
 
 SHORT = replace(SAMPLED, max_tokens=6)
 ANSWERS = ("x", "y", "x", "y", "z", "z")
@@ -152,6 +153,13 @@ def test_names_of_conditions():
         parse_conditions("nose")
     with pytest.raises(UserError, match="--vectors"):
         parse_conditions(["given"])
+    named = parse_conditions("own/forced, noise/bias=2.5,swap/bias -1,none,own/free")
+    assert [c.name for c in named] == ["own/forced", "noise/bias=2.5", "swap/bias=-1", "none", "own/free"]
+    assert [Condition.parse(c.name) for c in named] == named
+    assert named[2].own == Condition.parse("own/bias=-1")
+    for wrong, message in (("own/maybe", "latent_start is 'maybe'"), ("none/forced", "makes no block")):
+        with pytest.raises(UserError, match=message):
+            parse_conditions(wrong)
 
 
 # ---- through the engine
@@ -239,6 +247,30 @@ def test_conditions_without_vectors_and_their_seeds(rig):
     assert [r.seed for r in own] == [r.seed for r in plain] == [r.seed for r in none] == list(range(7, 13))
     assert all(engine.markers.start not in r.completion_ids for r in (*plain, *none))
     assert any(engine.markers.start in r.completion_ids for r in own)
+
+
+def test_start_is_a_part_of_a_condition(rig):
+    """Donors are own latents under the same START. Control: without a word about it, rows draw START as they like."""
+    engine, requests = Counted(rig.engine()), rig.requests()
+    wanted = parse_conditions("own,own/forced,swap/forced,own/forbidden,none")
+    found = run(Plan(Asked(requests), wanted, SHORT), engine)
+    opens = {
+        name: [engine.markers.start in one.rollout.completion_ids for one in of(found, name)]
+        for name in ("own", "own/forced", "swap/forced", "own/forbidden", "none")
+    }
+    assert all(opens["own/forced"])
+    assert all(opens["swap/forced"])
+    assert not any(opens["own/forbidden"] + opens["none"])
+    assert not all(opens["own"])
+    own = of(found, "own/forced")
+    for one in of(found, "swap/forced"):
+        assert torch.equal(one.latents[:3], own[one.donor].latents[:3])
+    engine.calls.clear()
+    everywhere = replace(SHORT, latent_start=LatentStart.parse("forced"))
+    found = run(Plan(Asked(requests), parse_conditions("own,zeros,none,own/free"), everywhere), engine)
+    assert all(len(one.latents) >= 3 for name in ("own", "zeros") for one in of(found, name))
+    assert not any(len(one.latents) for one in of(found, "none"))
+    assert not all(len(one.latents) for one in of(found, "own/free"))
 
 
 def test_what_is_missing_is_said(forced):

@@ -129,6 +129,13 @@ def test_only_pairs_are_compared():
     assert (table["minus_own"]["n"], table["minus_own"]["difference"]) == (1, -1.0)
 
 
+def test_differences_are_to_own_with_the_same_start():
+    rows = [row(0), row(0, "own/forced", right=False), row(0, "noise/forced", right=False), row(0, "noise/free", False)]
+    tables = summarise(rows)["conditions"]
+    found = {name: table["minus_own"]["difference"] for name, table in tables.items() if "minus_own" in table}
+    assert found == {"own/forced": -1.0, "noise/forced": 0.0, "noise/free": -1.0}
+
+
 def test_donors_of_the_same_answer_are_counted():
     answers = ["red", "red", "blue"]
     rows = [row(number, answer=answer) for number, answer in enumerate(answers)]
