@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -191,6 +192,10 @@ def _evaluate(args: argparse.Namespace, conditions: Sequence[Condition], options
         signals = Signals(specs, model, engine.markers, args.batch) if specs else None
         judge = Judge(encoder.tokenizer, engine.markers, rule)
         summary = evaluate(engine, plan, judge, file, signals=signals)
+    except KeyboardInterrupt:
+        said = f"rl-lvr: stopped; {out} holds {len(file.rows)} answers, and the same command goes on from there."
+        print(said, file=sys.stderr)
+        return 130
     finally:
         engine.close()
     print(text_of(summary))

@@ -98,7 +98,7 @@ def test_a_second_run_goes_on_and_other_settings_are_refused(
     assert "does not say what it was made with" in capsys.readouterr().err
 
 
-def test_a_kill_loses_no_answer_that_was_written(folder: Path, data: Path, tmp_path: Path) -> None:
+def test_ctrl_c_loses_no_answer_that_was_written(folder: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     command = words(folder, data, out, "--conditions", "own,noise", "--batch", "2")
     process = subprocess.Popen([sys.executable, "-m", "rl_lvr.cli", *command], stderr=subprocess.PIPE, text=True)
@@ -107,9 +107,12 @@ def test_a_kill_loses_no_answer_that_was_written(folder: Path, data: Path, tmp_p
         assert time.monotonic() < until
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
     kept = read_rows(out)
+    assert process.returncode == 130
+    assert f"holds {len(kept)} answers, and the same command goes on" in said
+    assert "Traceback" not in said
     assert 4 <= len(kept) < 48
     assert main(command) == 0
     rows = read_rows(out)
