@@ -131,7 +131,7 @@ def _evaluate(args: argparse.Namespace, conditions: Sequence[Condition], options
     from rl_lvr.evaluation.plan import Plan
     from rl_lvr.evaluation.questions import questions_of
     from rl_lvr.evaluation.report import text_of
-    from rl_lvr.evaluation.rows import AnswerFile, Rule
+    from rl_lvr.evaluation.rows import AnswerFile, Rule, read_rows
     from rl_lvr.latents.format import LatentFormat, choose_format
     from rl_lvr.latents.interventions import Intervention
     from rl_lvr.latents.starting import LatentStart
@@ -193,8 +193,10 @@ def _evaluate(args: argparse.Namespace, conditions: Sequence[Condition], options
         judge = Judge(encoder.tokenizer, engine.markers, rule)
         summary = evaluate(engine, plan, judge, file, signals=signals)
     except KeyboardInterrupt:
-        said = f"rl-lvr: stopped; {out} holds {len(file.rows)} answers, and the same command goes on from there."
-        print(said, file=sys.stderr)
+        count = len(read_rows(out)) if out.is_file() else 0
+        print(
+            f"rl-lvr: stopped; {out} holds {count} answers, and the same command goes on from there.", file=sys.stderr
+        )
         return 130
     finally:
         engine.close()
