@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rl_lvr.evaluation.conditions import Condition
     from rl_lvr.evaluation.questions import Questions
     from rl_lvr.latents.format import LatentFormat
+    from rl_lvr.rollout.types import Sampling
 
 HELP = "answer a file of records under interventions on the latents, with intervals"
 CONDITIONS = "own,zeros,noise,swap"
@@ -134,9 +135,7 @@ def _evaluate(args: argparse.Namespace, conditions: Sequence[Condition], options
     from rl_lvr.evaluation.rows import AnswerFile, Rule, read_rows
     from rl_lvr.latents.format import LatentFormat, choose_format
     from rl_lvr.latents.interventions import Intervention
-    from rl_lvr.latents.starting import LatentStart
     from rl_lvr.models.loading import checkpoint_folder, load_processor
-    from rl_lvr.rollout.types import Sampling
     from rl_lvr.signals import parse_signals
 
     quiet.transformers()
@@ -146,9 +145,7 @@ def _evaluate(args: argparse.Namespace, conditions: Sequence[Condition], options
     kinds = {condition.intervention for condition in conditions}
     if specs and Intervention.OWN not in kinds:
         raise UserError("signals are measured on the model's own latents: add own to --conditions.")
-    temperature = float(args.samples > 1) if args.temperature is None else args.temperature
-    start = LatentStart.parse(args.latent_start)
-    sampling = Sampling(args.max_tokens, temperature, args.top_p, args.top_k, seed=args.seed, latent_start=start)
+    sampling = _sampling(args)
     records = load_records(args.data, args.limit)
     folder = checkpoint_folder(args.model)
     changes = {} if args.k is None else {"k": args.k}
@@ -194,15 +191,28 @@ def _evaluate(args: argparse.Namespace, conditions: Sequence[Condition], options
         summary = evaluate(engine, plan, judge, file, signals=signals)
     except KeyboardInterrupt:
         count = len(read_rows(out)) if out.is_file() else 0
-        print(
-            f"rl-lvr: stopped; {out} holds {count} answers, and the same command goes on from there.", file=sys.stderr
-        )
+        said = f"rl-lvr: stopped; {out} holds {count} answers, and the same command goes on from there."
+        print(said, file=sys.stderr)
         return 130
     finally:
         engine.close()
     print(text_of(summary))
     print(out)
     return 0
+
+
+def _sampling(args: argparse.Namespace) -> Sampling:
+    from rl_lvr.latents.starting import LatentStart
+    from rl_lvr.rollout.types import Sampling
+
+    return Sampling(
+        max_tokens=args.max_tokens,
+        temperature=float(args.samples > 1) if args.temperature is None else args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        seed=args.seed,
+        latent_start=LatentStart.parse(args.latent_start),
+    )
 
 
 def _settings(
