@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 HELP = "answer a file of records under interventions on the latents, with intervals"
 CONDITIONS = "own,zeros,noise,swap"
+PICTURES = (".png", ".pdf", ".svg")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", metavar="FILE", help=".jsonl of the answers (runs/evaluate/MODEL-on-DATA.jsonl); figures stand beside"
     )
+    parser.add_argument("--picture", metavar="FILE", help="draw the accuracies with their intervals (.png, .pdf, .svg)")
     parser.add_argument("--overwrite", action="store_true", help="start anew instead of going on with --out")
     rows = parser.add_argument_group("rows")
     rows.add_argument("--cluster", metavar="COLUMN", help="key of meta whose rows belong together (the record)")
@@ -83,6 +85,8 @@ def run(args: argparse.Namespace) -> int:
     if not conditions:
         raise UserError(f"--conditions names none: write them as {CONDITIONS}.")
     options = check_options(args.engine, _options(args))
+    if args.picture is not None and Path(args.picture).suffix not in PICTURES:
+        raise UserError(f"--picture is {args.picture}; name a file that ends in {', '.join(PICTURES)}.")
     out = _out(args)
     with file_held(out.with_name(f".{out.name}.lock"), "rl-lvr evaluate", f"--out {out}"):
         return _evaluate(args, conditions, options, out)
@@ -129,6 +133,7 @@ def _evaluate(args: argparse.Namespace, conditions: Sequence[Condition], options
     from rl_lvr.evaluation.conditions import filler_id
     from rl_lvr.evaluation.engines import load_for, open_engine
     from rl_lvr.evaluation.evaluate import Judge, Signals, evaluate
+    from rl_lvr.evaluation.picture import draw, panel_of
     from rl_lvr.evaluation.plan import Plan
     from rl_lvr.evaluation.questions import questions_of
     from rl_lvr.evaluation.report import text_of
@@ -198,6 +203,10 @@ def _evaluate(args: argparse.Namespace, conditions: Sequence[Condition], options
         engine.close()
     print(text_of(summary))
     print(out)
+    if args.picture is not None:
+        title = f"{Path(args.model).resolve().name} on {Path(args.data).stem}"
+        draw([panel_of(title, summary["conditions"])], Path(args.picture), f"accuracy on {summary['records']} records")
+        print(args.picture)
     return 0
 
 

@@ -14,12 +14,21 @@ from rl_lvr.latents.interventions import Intervention
 OWN = Intervention.OWN.value
 
 
-def summarise(rows: Sequence[Row], undefined: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """All figures of an evaluation.
+def summarise(
+    rows: Sequence[Row], undefined: Mapping[str, str] | None = None, order: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return all figures of an evaluation.
 
-    `conditions` holds a table by condition, `categories` such tables by category where rows have one. Of `own` there
-    are the means of its signals too.
+    `conditions` holds a table by condition, `categories` such tables by category where rows have one, `signals` means
+    over own latents.
+
+    Args:
+        rows: Of one evaluation.
+        undefined: Conditions without answers, and why.
+        order: Of the conditions; others follow as they come.
     """
+    rank = {name: number for number, name in enumerate(order)}
+    rows = sorted(rows, key=lambda row: rank.get(row.condition, len(rank)))
     categories = sorted({row.category for row in rows if row.category is not None})
     summary: dict[str, Any] = {
         "records": len({row.id for row in rows}),
