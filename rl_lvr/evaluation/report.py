@@ -142,7 +142,7 @@ def _lines(tables: Mapping[str, Mapping[str, Any]]) -> list[str]:
     wide = max(len("condition"), *map(len, tables)) + 2
     sampled = next((list(table["pass"])[-1] for table in tables.values() if "pass" in table), None)
     head = f"{'condition':<{wide}}{'right':>6}  {'interval':<16}{'minus own':>9}  {'interval':<18}{'unreadable':>10}"
-    head += f"{'latents':>9}" + (f"{f'pass@{sampled}':>9}{f'maj@{sampled}':>9}" if sampled else "")
+    head += f"{'trigger':>9}" + (f"{f'pass@{sampled}':>9}{f'maj@{sampled}':>9}" if sampled else "")
     lines = [head.rstrip()]
     for name, table in tables.items():
         low, high = table["interval"]
