@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,11 @@ if TYPE_CHECKING:
     from rl_lvr.evaluation.conditions import Condition
     from rl_lvr.evaluation.questions import Questions
     from rl_lvr.latents.format import LatentFormat
+    from rl_lvr.rollout.types import Sampling
 
 HELP = "answer a file of records under interventions on the latents, with intervals"
 CONDITIONS = "own,zeros,noise,swap"
+PICTURES = (".png", ".pdf", ".svg")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", metavar="FILE", help=".jsonl of the answers (runs/evaluate/MODEL-on-DATA.jsonl); figures stand beside"
     )
+    parser.add_argument("--picture", metavar="FILE", help="draw the accuracies with their intervals (.png, .pdf, .svg)")
     parser.add_argument("--overwrite", action="store_true", help="start anew instead of going on with --out")
     rows = parser.add_argument_group("rows")
     rows.add_argument("--cluster", metavar="COLUMN", help="key of meta whose rows belong together (the record)")
@@ -81,6 +85,8 @@ def run(args: argparse.Namespace) -> int:
     if not conditions:
         raise UserError(f"--conditions names none: write them as {CONDITIONS}.")
     options = check_options(args.engine, _options(args))
+    if args.picture is not None and Path(args.picture).suffix not in PICTURES:
+        raise UserError(f"--picture is {args.picture}; name a file that ends in {', '.join(PICTURES)}.")
     out = _out(args)
     with file_held(out.with_name(f".{out.name}.lock"), "rl-lvr evaluate", f"--out {out}"):
         return _evaluate(args, conditions, options, out)
@@ -127,15 +133,14 @@ def _evaluate(args: argparse.Namespace, conditions: Sequence[Condition], options
     from rl_lvr.evaluation.conditions import filler_id
     from rl_lvr.evaluation.engines import load_for, open_engine
     from rl_lvr.evaluation.evaluate import Judge, Signals, evaluate
+    from rl_lvr.evaluation.picture import draw, panel_of
     from rl_lvr.evaluation.plan import Plan
     from rl_lvr.evaluation.questions import questions_of
     from rl_lvr.evaluation.report import text_of
-    from rl_lvr.evaluation.rows import AnswerFile, Rule
+    from rl_lvr.evaluation.rows import AnswerFile, Rule, read_rows
     from rl_lvr.latents.format import LatentFormat, choose_format
     from rl_lvr.latents.interventions import Intervention
-    from rl_lvr.latents.starting import LatentStart
     from rl_lvr.models.loading import checkpoint_folder, load_processor
-    from rl_lvr.rollout.types import Sampling
     from rl_lvr.signals import parse_signals
 
     quiet.transformers()
@@ -145,9 +150,7 @@ def _evaluate(args: argparse.Namespace, conditions: Sequence[Condition], options
     kinds = {condition.intervention for condition in conditions}
     if specs and Intervention.OWN not in kinds:
         raise UserError("signals are measured on the model's own latents: add own to --conditions.")
-    temperature = float(args.samples > 1) if args.temperature is None else args.temperature
-    start = LatentStart.parse(args.latent_start)
-    sampling = Sampling(args.max_tokens, temperature, args.top_p, args.top_k, seed=args.seed, latent_start=start)
+    sampling = _sampling(args)
     records = load_records(args.data, args.limit)
     folder = checkpoint_folder(args.model)
     changes = {} if args.k is None else {"k": args.k}
@@ -191,11 +194,34 @@ def _evaluate(args: argparse.Namespace, conditions: Sequence[Condition], options
         signals = Signals(specs, model, engine.markers, args.batch) if specs else None
         judge = Judge(encoder.tokenizer, engine.markers, rule)
         summary = evaluate(engine, plan, judge, file, signals=signals)
+    except KeyboardInterrupt:
+        count = len(read_rows(out)) if out.is_file() else 0
+        said = f"rl-lvr: stopped; {out} holds {count} answers, and the same command goes on from there."
+        print(said, file=sys.stderr)
+        return 130
     finally:
         engine.close()
     print(text_of(summary))
     print(out)
+    if args.picture is not None:
+        title = f"{Path(args.model).resolve().name} on {Path(args.data).stem}"
+        draw([panel_of(title, summary["conditions"])], Path(args.picture), f"accuracy on {summary['records']} records")
+        print(args.picture)
     return 0
+
+
+def _sampling(args: argparse.Namespace) -> Sampling:
+    from rl_lvr.latents.starting import LatentStart
+    from rl_lvr.rollout.types import Sampling
+
+    return Sampling(
+        max_tokens=args.max_tokens,
+        temperature=float(args.samples > 1) if args.temperature is None else args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        seed=args.seed,
+        latent_start=LatentStart.parse(args.latent_start),
+    )
 
 
 def _settings(

@@ -112,7 +112,7 @@ def evaluate(
             store.save([(names[one.item.question], one) for one in mine])
             file.add([judge.row(plan.questions, one, values.get(one.item)) for one in answered])
             bar.advance(len([one for one in answered if not done(one.item)]))
-    summary = summarise(file.rows, plan.undefined)
+    summary = summarise(file.rows, plan.undefined, [condition.name for condition in plan.conditions])
     if own or any(item.condition.intervention is Intervention.OWN for item in items):
         summary["signals"]["collapse"] = store.collapse(names)
     file.close(summary)

@@ -30,11 +30,6 @@ class Item:
     condition: Condition
     sample: int = 0
 
-    @property
-    def own(self) -> Item:
-        """The answer with own latents of the same sample."""
-        return replace(self, condition=self.condition.own)
-
 
 @dataclass(frozen=True)
 class Answered:
@@ -111,30 +106,19 @@ class Plan:
         """
         latents = dict(own or {})
         wanted = [item for item in self.items() if not done(item)]
-        needed = {self._base(question, item) for item in wanted if item.condition.donated for question in self._all()}
-        keep = any(item.condition.donated for item in wanted)
-        first = [item for item in wanted if not item.condition.donated]
-        missing = needed - latents.keys() - set(first)
-        first = sorted({*first, *missing}, key=self._place)
-        for calls in self._calls(first):
-            answered = self._answer(engine, calls, {})
-            if keep:
-                latents |= {one.item: one.latents.cpu() for one in answered if one.item in needed}
-            yield answered
         second = [item for item in wanted if item.condition.donated]
+        bases = {(item.condition.own, item.sample) for item in second}
+        needed = {Item(row, *base) for base in bases for row in range(len(self.questions))}
+        first = {item for item in wanted if not item.condition.donated} | (needed - latents.keys())
+        place = {condition: number for number, condition in enumerate(self.conditions)}
+        ordered = sorted(first, key=lambda item: (item.question, item.sample, place[item.condition]))
+        for items in self._calls(ordered):
+            answered = self._answer(engine, items, {})
+            latents |= {one.item: one.latents.cpu() for one in answered if one.item in needed}
+            yield answered
         given = self._donated(second, latents)
-        second = [item for item in second if item in given]
-        for calls in self._calls(second):
-            yield self._answer(engine, calls, given)
-
-    def _all(self) -> range:
-        return range(len(self.questions))
-
-    def _base(self, question: int, item: Item) -> Item:
-        return Item(question, item.condition.own, item.sample)
-
-    def _place(self, item: Item) -> tuple[int, int, int]:
-        return item.question, item.sample, list(self.conditions).index(item.condition)
+        for items in self._calls([item for item in second if item in given]):
+            yield self._answer(engine, items, given)
 
     def _calls(self, items: Sequence[Item]) -> Iterator[list[Item]]:
         """Items in pieces of at most `at_once`; a question is not taken apart unless it alone is larger."""
@@ -196,7 +180,7 @@ class Plan:
                 mine = [item for item in items if item.condition == condition and item.sample == sample]
                 if not mine:
                     continue
-                rows = [latents[Item(question, condition.own, sample)] for question in self._all()]
+                rows = [latents[Item(row, condition.own, sample)] for row in range(len(self.questions))]
                 try:
                     if condition.intervention is Intervention.MEAN:
                         mean = mean_latents(rows)

@@ -14,12 +14,21 @@ from rl_lvr.latents.interventions import Intervention
 OWN = Intervention.OWN.value
 
 
-def summarise(rows: Sequence[Row], undefined: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """All figures of an evaluation.
+def summarise(
+    rows: Sequence[Row], undefined: Mapping[str, str] | None = None, order: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return all figures of an evaluation.
 
-    `conditions` holds a table by condition, `categories` such tables by category where rows have one. Of `own` there
-    are the means of its signals too.
+    `conditions` holds a table by condition, `categories` such tables by category where rows have one, `signals` means
+    over own latents.
+
+    Args:
+        rows: Of one evaluation.
+        undefined: Conditions without answers, and why.
+        order: Of the conditions; others follow as they come.
     """
+    rank = {name: number for number, name in enumerate(order)}
+    rows = sorted(rows, key=lambda row: rank.get(row.condition, len(rank)))
     categories = sorted({row.category for row in rows if row.category is not None})
     summary: dict[str, Any] = {
         "records": len({row.id for row in rows}),
@@ -133,7 +142,7 @@ def _lines(tables: Mapping[str, Mapping[str, Any]]) -> list[str]:
     wide = max(len("condition"), *map(len, tables)) + 2
     sampled = next((list(table["pass"])[-1] for table in tables.values() if "pass" in table), None)
     head = f"{'condition':<{wide}}{'right':>6}  {'interval':<16}{'minus own':>9}  {'interval':<18}{'unreadable':>10}"
-    head += f"{'latents':>9}" + (f"{f'pass@{sampled}':>9}{f'maj@{sampled}':>9}" if sampled else "")
+    head += f"{'trigger':>9}" + (f"{f'pass@{sampled}':>9}{f'maj@{sampled}':>9}" if sampled else "")
     lines = [head.rstrip()]
     for name, table in tables.items():
         low, high = table["interval"]

@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rl_lvr.evaluation import picture
+from rl_lvr.evaluation.picture import Panel
+
 CONDITIONS = ("oracle", "own", "zeros", "noise", "swap", "direct")
 MEANING = {
     "oracle": "target latents fed",
@@ -46,27 +49,13 @@ def table(summary: dict[str, Any]) -> str:
 
 def draw(summary: dict[str, Any], path: Path) -> None:
     """Bars of the mean accuracy, a dot per seed, chance as a line."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, constrained_layout=True)
-    colours = ["#4c72b0", "#2f4b7c", "#b0b0b0", "#dd8452", "#c44e52", "#8c8c8c"]
-    for axis, name in zip(axes, TITLES, strict=True):
-        values = [summary[name][c] or 0.0 for c in CONDITIONS]
-        bars = axis.bar(CONDITIONS, values, color=colours, width=0.7)
-        axis.bar_label(bars, [f"{v:.2f}" for v in values], padding=2, fontsize=9)
-        for x, condition in enumerate(CONDITIONS):
-            ys = [seed[name][condition] or 0.0 for seed in summary["seeds"]]
-            if len(ys) > 1:
-                axis.scatter([x] * len(ys), ys, color="black", s=10, zorder=3)
-        axis.axhline(summary[name]["chance"], color="black", linestyle="--", linewidth=1, label="chance")
-        axis.set_title(TITLES[name], fontsize=11)
-        axis.set_ylim(0, 1.12)
-        axis.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, loc="upper right", bbox_to_anchor=(1.0, 0.9), fontsize=9)
-    axes[0].set_ylabel(f"accuracy on {summary['diagnostic']['n']} held-out puzzles")
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    panels = [
+        Panel(
+            title,
+            {condition: summary[name][condition] for condition in CONDITIONS},
+            dots={c: [seed[name][c] or 0.0 for seed in summary["seeds"]] for c in CONDITIONS},
+            chance=summary[name]["chance"],
+        )
+        for name, title in TITLES.items()
+    ]
+    picture.draw(panels, path, f"accuracy on {summary['diagnostic']['n']} held-out puzzles")

@@ -45,7 +45,7 @@ def words(folder: Path, data: Path, out: Path, *more: str) -> list[str]:
 def test_it_writes_every_answer_and_prints_intervals(folder: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "answers.jsonl"
     ask = words(folder, data, out, "--limit", "12", "--conditions", "own, noise,swap,none")
-    assert main([*ask, "--signals", "latent_norm"]) == 0
+    assert main([*ask, "--signals", "latent_norm", "--picture", str(out.with_suffix(".png"))]) == 0
     said = capsys.readouterr().out
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(lines) == 4 * 12
@@ -66,8 +66,9 @@ def test_it_writes_every_answer_and_prints_intervals(folder: Path, data: Path, t
     assert all(answers[row.donor] != row.answer for row in rows if row.condition == "swap")
     assert summary["signals"]["latent_norm"] > 0
     assert -1 <= summary["signals"]["collapse"] <= 1
-    again = summarise(rows)
-    assert again["conditions"] == summary["conditions"]  # the rows are all that is needed
+    assert list(summary["conditions"]) == ["own", "noise", "swap", "none"]
+    assert summarise(rows)["conditions"] == summary["conditions"]  # the rows are all that is needed
+    assert out.with_suffix(".png").stat().st_size > 5000
 
 
 def test_a_second_run_goes_on_and_other_settings_are_refused(
@@ -98,7 +99,7 @@ def test_a_second_run_goes_on_and_other_settings_are_refused(
     assert "does not say what it was made with" in capsys.readouterr().err
 
 
-def test_a_kill_loses_no_answer_that_was_written(folder: Path, data: Path, tmp_path: Path) -> None:
+def test_ctrl_c_loses_no_answer_that_was_written(folder: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     command = words(folder, data, out, "--conditions", "own,noise", "--batch", "2")
     process = subprocess.Popen([sys.executable, "-m", "rl_lvr.cli", *command], stderr=subprocess.PIPE, text=True)
@@ -107,9 +108,12 @@ def test_a_kill_loses_no_answer_that_was_written(folder: Path, data: Path, tmp_p
         assert time.monotonic() < until
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
     kept = read_rows(out)
+    assert process.returncode == 130
+    assert f"holds {len(kept)} answers, and the same command goes on" in said
+    assert "Traceback" not in said
     assert 4 <= len(kept) < 48
     assert main(command) == 0
     rows = read_rows(out)
@@ -174,6 +178,7 @@ def test_one_answer_in_the_majority_takes_donors_all_the_same(folder: Path, tmp_
         (["--samples", "2", "--temperature", "0"], "equal at temperature 0"),
         (["--signals", "latent_norm", "--conditions", "noise"], "add own"),
         (["--out", "table.json"], "name a .jsonl file"),
+        (["--picture", "table.txt"], "--picture is table.txt"),
         (["--kind", "numeric"], "no answer of kind numeric"),
         (["--conditions", "plain_tokens", "--filler", "red blue"], "2 tokens"),
         (["--format", "nothing"], "nothing"),

@@ -15,7 +15,7 @@ import pytest
 from lab_tools import MEMORY, grpo, grpo_command, logged, sharded, weights
 
 pytest.importorskip("deepspeed", reason="needs the extra `deepspeed`")
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 
 STEPS = 10
 SIGNAL = "signal/attention_mass_layers_0"  # of the reward `attention`
@@ -110,7 +110,6 @@ def test_two_processes_learn_as_one(runs: Path, name: str) -> None:
     as_one(runs, name)
 
 
-@pytest.mark.long
 def test_offloading_learns_as_one(offloaded: Path) -> None:
     as_one(offloaded, "zero3_offload")
 

@@ -276,6 +276,7 @@ def sharded(grpo: Run, work: Path) -> Path:
     return out
 
 
+@pytest.mark.long
 def test_sharded_runs_struck_at_five_moments_end_as_one_left_alone(
     grpo: Run, sharded: Path, work: Path, tmp_path: Path
 ) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from lab_tools import logged, sft_command, torchrun, weights
+
+pytestmark = pytest.mark.long
 
 
 def launch(processes: int, place: Path, data: Path, out: Path, **settings: Any) -> Path:

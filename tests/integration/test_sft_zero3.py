@@ -14,6 +14,7 @@ from lab_tools import logged, puzzles, sft, sft_command, sharded, weights
 from rl_lvr.data.writing import write_parquet
 
 pytest.importorskip("deepspeed", reason="needs the extra `deepspeed`")
+pytestmark = pytest.mark.long
 
 RANKS = 2
 SETTINGS: dict[str, Any] = {

@@ -29,6 +29,8 @@ from rl_lvr.errors import UserError
 from rl_lvr.latents.format import get_format
 from rl_lvr.rollout.replay import check_parity
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def rig(tiny_folder, tmp_path_factory):
