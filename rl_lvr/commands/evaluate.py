@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,9 @@ from rl_lvr.errors import UserError
 if TYPE_CHECKING:
     from rl_lvr.evaluation.conditions import Condition
     from rl_lvr.evaluation.questions import Questions
+    from rl_lvr.evaluation.rows import Rule
     from rl_lvr.latents.format import LatentFormat
+    from rl_lvr.latents.interventions import Intervention
     from rl_lvr.rollout.types import Sampling
 
 HELP = "answer a file of records under interventions on the latents, with intervals"
@@ -121,7 +123,6 @@ def _out(args: argparse.Namespace) -> Path:
 
 
 def _evaluate(args: argparse.Namespace, conditions: Sequence[Condition], options: dict[str, Any], out: Path) -> int:
-    import shutil
     from functools import partial
 
     import torch
@@ -164,11 +165,8 @@ def _evaluate(args: argparse.Namespace, conditions: Sequence[Condition], options
     rule = Rule(args.kind, args.source, args.tolerance)
     for question in questions:
         rule.judge("", question.answer)
-    if args.overwrite:
-        for place in (out, out.with_suffix(".json")):
-            place.unlink(missing_ok=True)
-        shutil.rmtree(out.with_suffix(".latents"), ignore_errors=True)
-    file = AnswerFile(out, _settings(args, folder, latent_format, sampling, rule))
+    settings = _settings(args, folder, latent_format, sampling, rule, kinds)
+    file = AnswerFile(out, settings, overwrite=args.overwrite)
     if args.engine == "hf" or with_oracle or specs:
         model = load_for(folder, latent_format)
     plan = Plan(
@@ -225,34 +223,36 @@ def _sampling(args: argparse.Namespace) -> Sampling:
 
 
 def _settings(
-    args: argparse.Namespace, folder: Path, latent_format: LatentFormat, sampling: Any, rule: Any
+    args: argparse.Namespace,
+    folder: Path,
+    latent_format: LatentFormat,
+    sampling: Sampling,
+    rule: Rule,
+    kinds: Collection[Intervention],
 ) -> dict[str, Any]:
     """What all rows of one file have in common."""
     from dataclasses import asdict
 
+    from rl_lvr.evaluation.stamps import stamp_of_data, stamp_of_weights
+    from rl_lvr.latents.interventions import Intervention
+
     return {
-        "model": str(folder.resolve()),
-        "weights": _stamp(folder),
-        "data": str(Path(args.data).resolve()),
+        "weights": stamp_of_weights(folder),
+        "data": stamp_of_data(Path(args.data)),
         "format": asdict(latent_format),
         "sampling": {name: _plain(getattr(sampling, name)) for name in vars(sampling)},
         "rule": asdict(rule),
         "engine": args.engine,
         "cluster": args.cluster,
         "category": args.category,
-        "filler": args.filler,
         "signals": args.signals,
+        **({"filler": args.filler} if Intervention.PLAIN_TOKENS in kinds else {}),
     }
 
 
 def _plain(value: Any) -> Any:
     """As JSON gives it back."""
     return list(value) if isinstance(value, tuple) else value if isinstance(value, int | float | str) else str(value)
-
-
-def _stamp(folder: Path) -> list[list[Any]]:
-    """Names, sizes and times of the weights: a checkpoint that was written anew is another."""
-    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.glob("*.safetensors"))]
 
 
 def _longest(questions: Questions) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rl_lvr.errors import UserError
 from rl_lvr.evaluation.plan import Answered, Item, Plan
 from rl_lvr.evaluation.questions import Question
-from rl_lvr.evaluation.report import OWN, summarise
+from rl_lvr.evaluation.report import summarise
 from rl_lvr.evaluation.rows import AnswerFile, Row, Rule
 from rl_lvr.latents.format import FormatIds
 from rl_lvr.latents.interventions import Intervention
@@ -94,7 +94,8 @@ def evaluate(
         signals: What to measure on own latents.
     """
     names = [question.id for question in plan.questions]
-    known = file.done
+    file.begin()
+    known = set(file.done)
     store = _Store(file)
 
     def done(item: Item) -> bool:
@@ -113,8 +114,8 @@ def evaluate(
             file.add([judge.row(plan.questions, one, values.get(one.item)) for one in answered])
             bar.advance(len([one for one in answered if not done(one.item)]))
     summary = summarise(file.rows, plan.undefined, [condition.name for condition in plan.conditions])
-    if own or any(item.condition.intervention is Intervention.OWN for item in items):
-        summary["signals"]["collapse"] = store.collapse(names)
+    for condition, collapse in store.collapse(names).items():
+        summary["conditions"][condition].setdefault("signals", {})["collapse"] = collapse
     file.close(summary)
     return summary
 
@@ -155,11 +156,14 @@ class _Store:
         }
         return {wanted[key]: vectors for key, vectors in self._read() if key in wanted}
 
-    def collapse(self, names: Sequence[str]) -> float | None:
-        """`collapse_of` the latents that are there."""
+    def collapse(self, names: Sequence[str]) -> dict[str, float | None]:
+        """`collapse_of` the latents that are there, by condition."""
         numbers = {name: number for number, name in enumerate(names)}
-        held = [(name, vectors) for (name, condition, _), vectors in self._read() if condition == OWN]
-        return collapse_of([(numbers[name], vectors) for name, vectors in held if name in numbers])
+        held: dict[str, list[tuple[int, Tensor]]] = {}
+        for (name, condition, _), vectors in self._read():
+            if name in numbers:
+                held.setdefault(condition, []).append((numbers[name], vectors))
+        return {condition: collapse_of(latents) for condition, latents in held.items()}
 
     def _read(self) -> list[tuple[tuple[str, str, int], Tensor]]:
         found: dict[tuple[str, str, int], Tensor] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -19,8 +19,7 @@ def summarise(
 ) -> dict[str, Any]:
     """Return all figures of an evaluation.
 
-    `conditions` holds a table by condition, `categories` such tables by category where rows have one, `signals` means
-    over own latents.
+    `conditions` holds a table by condition, `categories` such tables by category where rows have one.
 
     Args:
         rows: Of one evaluation.
@@ -35,30 +34,31 @@ def summarise(
         "samples": max(Counter((row.id, row.condition) for row in rows).values(), default=0),
         "clusters": len({row.cluster for row in rows}),
         "rules": dict(Counter(row.rule for row in rows if row.condition == rows[0].condition)),
-        "conditions": _tables(rows),
+        "conditions": _tables(rows, rows),
         "undefined": dict(undefined or {}),
-        "signals": _signals(rows),
     }
     if categories:
         named = {name: [row for row in rows if row.category == name] for name in categories}
-        summary["categories"] = {name: _tables(mine) for name, mine in named.items()}
+        summary["categories"] = {name: _tables(mine, rows) for name, mine in named.items()}
     return summary
 
 
-def _tables(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+def _tables(rows: Sequence[Row], whole: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """Tables by condition of some rows; donors may be any of the `whole`."""
     conditions = by_condition(rows)
-    return {name: _table(mine, conditions.get(_base(name, conditions), [])) for name, mine in conditions.items()}
+    references = {row.id: row.answer for row in whole}
+    return {name: _table(mine, conditions.get(_base(name), []), references) for name, mine in conditions.items()}
 
 
-def _base(name: str, known: Collection[str]) -> str:
-    """The condition that `name` is compared with: own latents with the same START if there are such answers."""
-    _, slash, start = name.partition("/")
-    same = f"{OWN}{slash}{start}"
-    base = same if same in known and same != name else OWN
-    return base if base != name else ""
+def _base(name: str) -> str:
+    """The condition that `name` is compared with: own latents with the same START; those themselves with plain own."""
+    intervention, slash, start = name.partition("/")
+    if intervention == OWN:
+        return OWN if slash else ""
+    return f"{OWN}{slash}{start}"
 
 
-def _table(rows: Sequence[Row], base: Sequence[Row]) -> dict[str, Any]:
+def _table(rows: Sequence[Row], base: Sequence[Row], references: Mapping[str, str]) -> dict[str, Any]:
     own = {(row.id, row.seed): row for row in base}
     right = [row.right for row in rows]
     clusters = [row.cluster for row in rows]
@@ -68,17 +68,22 @@ def _table(rows: Sequence[Row], base: Sequence[Row]) -> dict[str, Any]:
         "accuracy": sum(right) / len(right),
         "interval": [share.low, share.high],
         "unreadable": sum(row.extracted is None for row in rows) / len(rows),
-        "trigger_rate": sum(row.latents > 0 for row in rows) / len(rows),
+        "trigger_rate": sum(row.latents > 0 for row in rows) / len(rows) if _feeds(rows[0]) else None,
     }
     pairs = [(row, own[row.id, row.seed]) for row in rows if (row.id, row.seed) in own]
     if pairs:
         found = paired([a.right for a, _ in pairs], [b.right for _, b in pairs], [a.cluster for a, _ in pairs])
         table["minus_own"] = {**asdict(found), "interval": [found.interval.low, found.interval.high]}
-    references = {row.id: row.answer for row in rows}
     donors = [(row.answer, references.get(row.donor)) for row in rows if row.donor is not None]
     if donors:
         table["same_answer_donors"] = sum(one == other for one, other in donors) / len(donors)
-    return table | _samples(rows)
+    signals = _signals(rows)
+    return table | _samples(rows) | ({"signals": signals} if signals else {})
+
+
+def _feeds(row: Row) -> bool:
+    """Whether the row's condition feeds vectors at all."""
+    return Intervention(row.condition.partition("/")[0]).feeds_vectors
 
 
 def _samples(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
@@ -101,7 +106,7 @@ def _samples(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
 
 
 def _signals(rows: Sequence[Row]) -> dict[str, float | None]:
-    """Means over the completions with own latents that have a value; None if none has."""
+    """Means over the completions that have a value; None if none has."""
     values: dict[str, list[float]] = {}
     for row in rows:
         for name, value in row.signals.items():
@@ -126,9 +131,12 @@ def text_of(summary: Mapping[str, Any]) -> str:
         lines.append(f"{name}: {why}")
     for name, tables in summary.get("categories", {}).items():
         lines += ["", f"category {name}", *_lines(tables)]
-    for name, value in summary["signals"].items():
-        lines.append(f"{name} {'-' if value is None else format(value, '.4f')}")
     for name, table in summary["conditions"].items():
+        values = [
+            f"{key} {'-' if value is None else format(value, '.4f')}" for key, value in table.get("signals", {}).items()
+        ]
+        if values:
+            lines.append(f"{name}: {', '.join(values)}")
         share = table.get("same_answer_donors", 0)
         if share:
             lines.append(f"{name}: {share:.1%} of the donors have the same answer")
@@ -153,7 +161,8 @@ def _lines(tables: Mapping[str, Mapping[str, Any]]) -> list[str]:
         else:
             low, high = pair["interval"]
             line += f"{pair['difference']:>+9.3f}  {f'{low:+.3f} to {high:+.3f}':<18}"
-        line += f"{table['unreadable']:>10.3f}{table['trigger_rate']:>9.3f}"
+        rate = table["trigger_rate"]
+        line += f"{table['unreadable']:>10.3f}{'-' if rate is None else format(rate, '.3f'):>9}"
         if sampled and "pass" in table:
             line += f"{table['pass'][sampled]:>9.3f}{table['maj'][sampled]:>9.3f}"
         lines.append(line.rstrip())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -86,14 +87,16 @@ class Rule:
 class AnswerFile:
     """The rows of an evaluation on disk, and beside them what they were made with.
 
-    Rows are appended as they come; a second evaluation goes on where the first one ended.
+    Rows are appended as they come; a second evaluation goes on where the first one ended. Nothing is written, and
+    nothing is deleted, before `begin`.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
         """
         Args:
-            path: `.jsonl`. The folder is made.
+            path: `.jsonl`. `begin` makes the folder.
             settings: What rows of one file have in common.
+            overwrite: Start anew: `begin` deletes what is there.
 
         Raises:
             UserError: If the file holds answers that were made with other settings, or is damaged.
@@ -101,11 +104,11 @@ class AnswerFile:
         self.path = path
         self.settings = dict(settings)
         self.rows: list[Row] = []
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_file():
+        self.done: set[Key] = set()
+        self._overwrite = overwrite
+        if path.is_file() and not overwrite:
             self._check_settings()
-            self.rows = read_rows(path, repair=True)
-        self._write_summary({})
+            self._take(read_rows(path))
 
     @property
     def summary_path(self) -> Path:
@@ -116,38 +119,51 @@ class AnswerFile:
         """Of the own latents that other conditions are made of."""
         return self.path.with_suffix(".latents")
 
-    @property
-    def done(self) -> set[Key]:
-        return {row.key for row in self.rows}
+    def begin(self) -> None:
+        """Get ready to add rows. The figures of an earlier evaluation stay until `close`."""
+        if self._overwrite:
+            self.path.unlink(missing_ok=True)
+            self.summary_path.unlink(missing_ok=True)
+            shutil.rmtree(self.latents_folder, ignore_errors=True)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.is_file():
+            cut_off(self.path)
+        else:
+            self._write_summary({})
 
     def add(self, rows: Sequence[Row]) -> None:
         """Append rows; they are on disk when this returns."""
-        known = self.done
-        new = [row for row in rows if row.key not in known]
+        new = [row for row in rows if row.key not in self.done]
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(f"{row.to_json()}\n" for row in new)
             file.flush()
             os.fsync(file.fileno())
-        self.rows += new
+        self._take(new)
 
     def close(self, summary: Mapping[str, Any]) -> None:
         """Write the summary beside the rows."""
         self._write_summary(summary)
 
+    def _take(self, rows: Sequence[Row]) -> None:
+        self.rows += rows
+        self.done |= {row.key for row in rows}
+
     def _check_settings(self) -> None:
         try:
             known = json.loads(self.summary_path.read_text(encoding="utf-8"))["settings"]
+            unequal = [name for name in self.settings if name in known and known[name] != self.settings[name]]
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(
                 f"{self.path} is there, and {self.summary_path.name} beside it does not say what it was made with: "
                 "choose another file for --out, or delete it."
             ) from None
-        for name, value in self.settings.items():
-            if known.get(name) != value:
-                raise UserError(
-                    f"{self.path} holds answers with {name} {known.get(name)!r}, and this evaluation has {value!r}: "
-                    "choose another file for --out, or start anew with --overwrite."
-                )
+        if unequal:
+            name = unequal[0]
+            raise UserError(
+                f"{self.path} holds answers with {name} {_short(known[name])}, and this evaluation has "
+                f"{_short(self.settings[name])}: choose another file for --out, or start anew with --overwrite."
+            )
+        self.settings = {**known, **self.settings}
 
     def _write_summary(self, summary: Mapping[str, Any]) -> None:
         text = json.dumps({"settings": self.settings, **summary}, indent=1, ensure_ascii=False)
@@ -156,12 +172,21 @@ class AnswerFile:
         partial.replace(self.summary_path)
 
 
-def read_rows(path: str | Path, *, repair: bool = False) -> list[Row]:
-    """The rows of a file.
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
-    Args:
-        path: `.jsonl`.
-        repair: Cut off a last line that was not written whole, as a kill leaves it.
+
+def cut_off(path: Path) -> None:
+    """Cut off a last line that was not written whole, as a kill leaves it."""
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        os.truncate(path, whole)
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """The rows of a `.jsonl` file, but for a last line that was not written whole.
 
     Raises:
         UserError: If a row is damaged.
@@ -169,8 +194,6 @@ def read_rows(path: str | Path, *, repair: bool = False) -> list[Row]:
     path = Path(path)
     data = path.read_bytes()
     whole = data.rfind(b"\n") + 1
-    if whole < len(data) and repair:
-        os.truncate(path, whole)
     names = {entry.name for entry in fields(Row)}
     rows = []
     for number, line in enumerate(data[:whole].splitlines(), start=1):

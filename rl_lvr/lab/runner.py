@@ -276,7 +276,7 @@ class Runner:
         accuracies = {
             condition: tables[condition]["accuracy"] if condition in tables else None for condition in conditions
         }
-        return {"n": summary["records"], **accuracies, **summary["signals"]}
+        return {"n": summary["records"], **accuracies, **tables.get("own", {}).get("signals", {})}
 
 
 def _complete(answers: Path) -> bool:

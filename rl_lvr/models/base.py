@@ -195,7 +195,10 @@ class Family(ABC):
         ]
 
     def join_images(self, rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Image inputs of rows -> those of their batch, in this order. Undoes `split_images`."""
+        """Image inputs of rows -> those of their batch, in this order. Undoes `split_images`.
+
+        A row without images is {}, or is left out.
+        """
         rows = [row for row in rows if row]
         return {key: torch.cat([row[key] for row in rows]) for key in rows[0]} if rows else {}
 

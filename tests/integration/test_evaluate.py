@@ -60,12 +60,13 @@ def test_it_writes_every_answer_and_prints_intervals(folder: Path, data: Path, t
         assert f"{low:.3f} to {high:.3f}" in said
         assert ("minus_own" in table) == (name != "own")
     assert summary["conditions"]["own"]["trigger_rate"] > 0.5
-    assert summary["conditions"]["none"]["trigger_rate"] == 0
+    assert summary["conditions"]["none"]["trigger_rate"] is None
     assert {row.cluster for row in rows} == {row.id for row in rows}
     answers = {row.id: row.answer for row in rows}
     assert all(answers[row.donor] != row.answer for row in rows if row.condition == "swap")
-    assert summary["signals"]["latent_norm"] > 0
-    assert -1 <= summary["signals"]["collapse"] <= 1
+    signals = summary["conditions"]["own"]["signals"]
+    assert signals["latent_norm"] > 0
+    assert -1 <= signals["collapse"] <= 1
     assert list(summary["conditions"]) == ["own", "noise", "swap", "none"]
     assert summarise(rows)["conditions"] == summary["conditions"]  # the rows are all that is needed
     assert out.with_suffix(".png").stat().st_size > 5000
@@ -92,6 +93,12 @@ def test_a_second_run_goes_on_and_other_settings_are_refused(
     assert len(read_rows(out)) == 30
     assert main(words(folder, data, out, *ask, "--max-tokens", "9")) == 2
     assert "holds answers with sampling" in capsys.readouterr().err
+    assert main(words(folder, data, out, *ask, "--overwrite", "--samples", "2", "--temperature", "0")) == 2
+    assert len(read_rows(out)) == 30  # refused, so nothing is deleted
+    capsys.readouterr()
+    write_jsonl(generate(PUZZLES, 9, "test")[1:], tmp_path / "moved.jsonl")
+    assert main(words(folder, tmp_path / "moved.jsonl", out, *ask)) == 2  # a record's seed is by its place
+    assert "holds answers with data" in capsys.readouterr().err
     assert main(words(folder, data, out, *ask, "--max-tokens", "9", "--overwrite")) == 0
     assert len(read_rows(out)) == 16
     out.with_suffix(".json").unlink()

@@ -14,6 +14,7 @@ import pytest
 from rl_lvr.errors import UserError
 from rl_lvr.evaluation.report import summarise, text_of
 from rl_lvr.evaluation.rows import AnswerFile, Row, Rule, read_rows
+from rl_lvr.evaluation.stamps import stamp_of_data, stamp_of_weights
 from rl_lvr.evaluation.statistics import maj_at_k, paired, proportion
 
 SETTINGS = {"model": "m", "seed": 0}
@@ -48,6 +49,8 @@ def test_no_torch():
 def test_rows_come_back_as_they_were(tmp_path: Path):
     rows = [row(0, signals={"a": 0.5, "b": None}), row(1, "swap", donor="r0", text="ü\n"), row(2, extracted=None)]
     file = AnswerFile(tmp_path / "made" / "a.jsonl", SETTINGS)
+    assert not (tmp_path / "made").exists()
+    file.begin()
     file.add(rows)
     file.add([rows[0], row(3)])  # what is there is not written twice
     assert read_rows(file.path) == [*rows, row(3)]
@@ -60,17 +63,21 @@ def test_rows_come_back_as_they_were(tmp_path: Path):
 @pytest.mark.parametrize("cut", [1, 20, 100])
 def test_a_last_line_that_was_cut_off_is_dropped(tmp_path: Path, cut: int):
     file = AnswerFile(tmp_path / "a.jsonl", SETTINGS)
+    file.begin()
     file.add([row(0), row(1)])
     data = file.path.read_bytes()
     file.path.write_bytes(data[:-cut])
     again = AnswerFile(file.path, SETTINGS)
-    assert again.rows == [row(0)]
+    assert again.rows == read_rows(file.path) == [row(0)]
+    assert file.path.read_bytes() == data[:-cut]
+    again.begin()
     again.add([row(1)])
     assert file.path.read_bytes() == data
 
 
 def test_other_settings_and_damage_are_refused(tmp_path: Path):
     file = AnswerFile(tmp_path / "a.jsonl", SETTINGS)
+    file.begin()
     file.add([row(0), row(1)])
     with pytest.raises(UserError, match=r"holds answers with seed 0, and this evaluation has 1.*--overwrite"):
         AnswerFile(file.path, {**SETTINGS, "seed": 1})
@@ -91,6 +98,41 @@ def test_rules():
     assert Rule().judge("", "red") == (None, False, "exact")
     with pytest.raises(UserError, match="no answer of kind numeric"):
         Rule("numeric").judge("4", "red")
+
+
+def test_figures_stay_until_there_are_new_ones_and_nothing_is_deleted_before_it_begins(tmp_path: Path):
+    file = AnswerFile(tmp_path / "a.jsonl", SETTINGS)
+    file.begin()
+    file.add([row(0)])
+    file.close({"n": 1})
+    again = AnswerFile(file.path, {"model": "m", "filler": "."})
+    again.begin()
+    again.add([row(1)])
+    assert json.loads(file.summary_path.read_text())["n"] == 1
+    again.close({"n": 2})
+    assert json.loads(file.summary_path.read_text()) == {"settings": {**SETTINGS, "filler": "."}, "n": 2}
+    anew = AnswerFile(file.path, {"model": "other"}, overwrite=True)
+    assert len(read_rows(file.path)) == 2
+    anew.begin()
+    assert not file.path.exists()
+    assert json.loads(file.summary_path.read_text()) == {"settings": {"model": "other"}}
+
+
+def test_stamps(tmp_path: Path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(bytes(range(256)) * 10_000)
+        (tmp_path / name / "data.jsonl").write_text("{}\n")
+    one, other = tmp_path / "a", tmp_path / "b"
+    assert stamp_of_weights(one) == stamp_of_weights(other)
+    assert stamp_of_data(one / "data.jsonl") == stamp_of_data(other / "data.jsonl")
+    data = bytearray((other / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (other / "model.safetensors").write_bytes(data)
+    (other / "data.jsonl").write_text("{}\n{}\n")
+    assert stamp_of_weights(one) != stamp_of_weights(other)
+    assert stamp_of_data(one / "data.jsonl") != stamp_of_data(other / "data.jsonl")
+    assert stamp_of_data(one) == stamp_of_data(tmp_path / "a:train") != stamp_of_data(other)
 
 
 # ---- figures
@@ -133,7 +175,7 @@ def test_differences_are_to_own_with_the_same_start():
     rows = [row(0), row(0, "own/forced", right=False), row(0, "noise/forced", right=False), row(0, "noise/free", False)]
     tables = summarise(rows)["conditions"]
     found = {name: table["minus_own"]["difference"] for name, table in tables.items() if "minus_own" in table}
-    assert found == {"own/forced": -1.0, "noise/forced": 0.0, "noise/free": -1.0}
+    assert found == {"own/forced": -1.0, "noise/forced": 0.0}  # and no own latents with START free
 
 
 def test_donors_of_the_same_answer_are_counted():
@@ -144,6 +186,19 @@ def test_donors_of_the_same_answer_are_counted():
     assert summary["conditions"]["swap"]["same_answer_donors"] == pytest.approx(1 / 3)
     assert "33.3% of the donors" in text_of(summary)
     assert "same_answer_donors" not in summary["conditions"]["own"]
+    apart = [replace(one, category="ab"[number % 2]) for number, one in enumerate(rows)]
+    tables = summarise(apart)["categories"]
+    assert [tables[name]["swap"]["same_answer_donors"] for name in "ab"] == [0.0, 0.5]  # of donors in the other one too
+
+
+def test_signals_are_of_a_condition_and_rates_of_one_that_feeds():
+    rows = [row(0, signals={"a": 1.0}), row(1, signals={"a": None}), row(0, "own/forced", signals={"a": 3.0})]
+    rows.append(row(0, "skip", latents=0))
+    tables = summarise(rows)["conditions"]
+    assert (tables["own"]["signals"], tables["own/forced"]["signals"]) == ({"a": 1.0}, {"a": 3.0})
+    assert "signals" not in tables["skip"]
+    assert (tables["own"]["trigger_rate"], tables["skip"]["trigger_rate"]) == (1.0, None)
+    assert "own: a 1.0000" in text_of(summarise(rows))
 
 
 def test_samples():

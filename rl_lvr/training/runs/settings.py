@@ -15,24 +15,13 @@ from torch import nn
 from transformers import TrainingArguments
 
 from rl_lvr.errors import UserError, near_miss
+from rl_lvr.evaluation.conditions import parse_conditions
 from rl_lvr.latents.format import LatentFormat, choose_format
 from rl_lvr.latents.interventions import Intervention
 from rl_lvr.models import Family
 
 WITH_FORMAT = "with a latent format"
 WITHOUT_FORMAT = "without a latent format"
-EVAL_CONDITIONS = tuple(
-    c.value
-    for c in (
-        Intervention.ORACLE,
-        Intervention.OWN,
-        Intervention.ZEROS,
-        Intervention.NOISE,
-        Intervention.SWAP,
-        Intervention.SKIP,
-        Intervention.NONE,
-    )
-)
 WITHOUT_EFFECT = {
     "bnb_4bit_quant_storage": "quantised training is not supported",
     "bnb_4bit_quant_type": "quantised training is not supported",
@@ -202,9 +191,9 @@ def check_run(config: RunConfig) -> None:
     if not config.train_file:
         raise UserError("train_file is missing: name the records to train on.")
     require_words(config, {"oracle": ("tokens", "crop")})
-    for name in config.latent_eval_conditions:
-        if name not in EVAL_CONDITIONS:
-            raise UserError(f"latent_eval_conditions holds {name!r}; choose from {', '.join(EVAL_CONDITIONS)}.")
+    conditions = parse_conditions(config.latent_eval_conditions)
+    if any(condition.intervention is Intervention.PLAIN_TOKENS for condition in conditions):
+        raise UserError("latent_eval_conditions holds plain_tokens, which needs a filler: use rl-lvr evaluate for it.")
     require_at_least(config, 0, "learning_rate", "latent_eval_steps")
     require_at_least(
         config, 1, "latent_eval_samples", "latent_eval_max_tokens", "latent_eval_batch", "train_limit", "threads"
