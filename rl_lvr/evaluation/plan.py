@@ -2,7 +2,7 @@
 
 Conditions that need nothing of each other go into one call, the conditions of a question next to each other: an engine
 with a prefix cache computes the prompt once, and batches are full. Swaps and means follow, once all own latents are
-there.
+there, from the last question to the first: of prompts that do not all fit into the cache, the last ones are still there.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Plan:
             yield answered
         second = [item for item in wanted if item.condition.donated]
         given = self._donated(second, latents)
-        second = [item for item in second if item in given]
+        second = [item for item in reversed(second) if item in given]
         for calls in self._calls(second):
             yield self._answer(engine, calls, given)
 

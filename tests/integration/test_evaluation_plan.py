@@ -165,6 +165,8 @@ def test_all_conditions_are_two_calls_and_swap_feeds_a_row_with_another_answer(f
     assert [len(call) for call in engine.calls] == [18, 12]  # own, which swap and mean need, noise, zeros; then those
     kinds = [request.intervention.value for request in engine.calls[0][:6]]
     assert kinds == ["own", "noise", "zeros"] * 2  # of a question next to each other
+    # A prefix cache without room for all prompts still holds the last ones, so these come first.
+    assert [request.seed - 7 for request in engine.calls[1]] == [5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0]
     own, swap, mean = (of(found, name) for name in ("own", "swap", "mean"))
     for row, one in enumerate(swap):
         assert ANSWERS[one.donor] != ANSWERS[row]
