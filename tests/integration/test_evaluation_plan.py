@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine_cases import FORMATS, SAMPLED, Rig
+from engine_cases import ANSWERS, FORMATS, SAMPLED, Asked, Rig
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,24 +24,9 @@ from rl_lvr.evaluation.conditions import (
     parse_conditions,
 )
 from rl_lvr.evaluation.plan import Item, Plan
-from rl_lvr.evaluation.questions import Question, Questions
 from rl_lvr.latents.interventions import Intervention
 
 SHORT = replace(SAMPLED, max_tokens=6)
-ANSWERS = ("x", "y", "x", "y", "z", "z")
-
-
-class Asked(Questions):
-    """Questions of requests at hand."""
-
-    def __init__(self, requests, answers=ANSWERS, clusters=None):
-        clusters = [None] * len(answers) if clusters is None else clusters
-        rows = [Question(str(i), a, c) for i, (a, c) in enumerate(zip(answers, clusters, strict=True))]
-        super().__init__(rows, lambda rows: [], None)
-        self._requests = requests
-
-    def requests(self, rows):
-        return [self._requests[row] for row in rows]
 
 
 class Counted:
