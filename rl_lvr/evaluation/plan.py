@@ -2,7 +2,7 @@
 
 Conditions that need nothing of each other go into one call, the conditions of a question next to each other: an engine
 with a prefix cache computes the prompt once, and batches are full. Swaps and means follow, once all own latents are
-there, from the last question to the first: of prompts that do not all fit into the cache, the last ones are still there.
+there, from the last question to the first: a cache without room for all prompts still holds the last ones.
 """
 
 from __future__ import annotations
