@@ -2,7 +2,7 @@
 
 Conditions that need nothing of each other go into one call, the conditions of a question next to each other: an engine
 with a prefix cache computes the prompt once, and batches are full. Swaps and means follow, once all own latents are
-there.
+there, from the last question to the first: a cache without room for all prompts still holds the last ones.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class Plan:
             latents |= {one.item: one.latents.cpu() for one in answered if one.item in needed}
             yield answered
         given = self._donated(second, latents)
-        for items in self._calls([item for item in second if item in given]):
+        for items in self._calls([item for item in reversed(second) if item in given]):
             yield self._answer(engine, items, given)
 
     def _calls(self, items: Sequence[Item]) -> Iterator[list[Item]]:

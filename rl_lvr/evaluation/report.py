@@ -132,9 +132,7 @@ def text_of(summary: Mapping[str, Any]) -> str:
     for name, tables in summary.get("categories", {}).items():
         lines += ["", f"category {name}", *_lines(tables)]
     for name, table in summary["conditions"].items():
-        values = [
-            f"{key} {'-' if value is None else format(value, '.4f')}" for key, value in table.get("signals", {}).items()
-        ]
+        values = [f"{key} {_figure(value, '.4f')}" for key, value in table.get("signals", {}).items()]
         if values:
             lines.append(f"{name}: {', '.join(values)}")
         share = table.get("same_answer_donors", 0)
@@ -144,6 +142,10 @@ def text_of(summary: Mapping[str, Any]) -> str:
     clusters = f" in {summary['clusters']} clusters" if summary["clusters"] < summary["records"] else ""
     lines.append(f"{summary['records']} records{clusters}{samples}; 95 % intervals")
     return "\n".join(lines)
+
+
+def _figure(value: float | None, how: str) -> str:
+    return "-" if value is None else format(value, how)
 
 
 def _lines(tables: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -161,8 +163,7 @@ def _lines(tables: Mapping[str, Mapping[str, Any]]) -> list[str]:
         else:
             low, high = pair["interval"]
             line += f"{pair['difference']:>+9.3f}  {f'{low:+.3f} to {high:+.3f}':<18}"
-        rate = table["trigger_rate"]
-        line += f"{table['unreadable']:>10.3f}{'-' if rate is None else format(rate, '.3f'):>9}"
+        line += f"{table['unreadable']:>10.3f}{_figure(table['trigger_rate'], '.3f'):>9}"
         if sampled and "pass" in table:
             line += f"{table['pass'][sampled]:>9.3f}{table['maj'][sampled]:>9.3f}"
         lines.append(line.rstrip())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from helpers import MIXED_ROWS, make_batch, noise_image
 
+from rl_lvr.evaluation.questions import Question, Questions
 from rl_lvr.latents.format import LatentFormat, get_format
 from rl_lvr.models import Family, family_of
 from rl_lvr.rollout.hf import HFRolloutEngine
@@ -22,6 +23,7 @@ SIX_ROWS = (
     ([noise_image(3, 56, 56)], "yellow"),
     ([noise_image(4)], "what is next from red"),
 )
+ANSWERS = ("x", "y", "x", "y", "z", "z")
 
 
 @dataclass
@@ -73,6 +75,22 @@ class Rig:
         assert markers.start is not None
         assert markers.end is not None
         return self.bias({markers.start: start, markers.end: end, self.tokenizer.eos_token_id: -3.0})
+
+
+class Asked(Questions):
+    """Questions of requests at hand."""
+
+    def __init__(
+        self, requests: list[Request], answers: Sequence[str] = ANSWERS, clusters: Sequence[str] | None = None
+    ) -> None:
+        named: Any = [None] * len(answers) if clusters is None else clusters
+        rows = [Question(str(i), a, c) for i, (a, c) in enumerate(zip(answers, named, strict=True))]
+        family: Any = None
+        super().__init__(rows, lambda rows: [], family)
+        self._requests = requests
+
+    def requests(self, rows: Sequence[int]) -> list[Request]:
+        return [self._requests[row] for row in rows]
 
 
 def same(left: Rollout, right: Rollout, tolerance: float = 1e-5) -> bool:

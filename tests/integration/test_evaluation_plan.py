@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine_cases import FORMATS, SAMPLED, Rig
+from engine_cases import ANSWERS, FORMATS, SAMPLED, Asked, Rig
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,25 +24,10 @@ from rl_lvr.evaluation.conditions import (
     parse_conditions,
 )
 from rl_lvr.evaluation.plan import Item, Plan
-from rl_lvr.evaluation.questions import Question, Questions
 from rl_lvr.latents.interventions import Intervention
 from rl_lvr.latents.starting import LatentStart
 
 SHORT = replace(SAMPLED, max_tokens=6)
-ANSWERS = ("x", "y", "x", "y", "z", "z")
-
-
-class Asked(Questions):
-    """Questions of requests at hand."""
-
-    def __init__(self, requests, answers=ANSWERS, clusters=None):
-        clusters = [None] * len(answers) if clusters is None else clusters
-        rows = [Question(str(i), a, c) for i, (a, c) in enumerate(zip(answers, clusters, strict=True))]
-        super().__init__(rows, lambda rows: [], None)
-        self._requests = requests
-
-    def requests(self, rows):
-        return [self._requests[row] for row in rows]
 
 
 class Counted:
@@ -173,6 +158,8 @@ def test_all_conditions_are_two_calls_and_swap_feeds_a_row_with_another_answer(f
     assert [len(call) for call in engine.calls] == [18, 12]  # own, which swap and mean need, noise, zeros; then those
     kinds = [request.intervention.value for request in engine.calls[0][:6]]
     assert kinds == ["own", "noise", "zeros"] * 2  # of a question next to each other
+    # A prefix cache without room for all prompts still holds the last ones, so these come first.
+    assert [request.seed - 7 for request in engine.calls[1]] == [5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0]
     own, swap, mean = (of(found, name) for name in ("own", "swap", "mean"))
     for row, one in enumerate(swap):
         assert ANSWERS[one.donor] != ANSWERS[row]

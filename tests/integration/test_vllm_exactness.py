@@ -9,6 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from engine_cases import Asked
+from helpers import noise_image
 from vllm_cases import VLLMRig, thinking
 from vllm_conditions import (
     GREEDY,
@@ -30,6 +32,8 @@ from vllm_conditions import (
     without_restoring,
 )
 
+from rl_lvr.evaluation.conditions import parse_conditions
+from rl_lvr.evaluation.plan import Plan
 from rl_lvr.latents.format import get_format
 from rl_lvr.rollout import feeding
 from rl_lvr.rollout.vllm import prefix
@@ -234,6 +238,43 @@ def test_control_prefix_cache_without_latent_keys(engines, longer, poisoned, mon
     wrong = cached.generate(requests, GREEDY)
     cached.llm.reset_prefix_cache()
     assert not identical(wrong, right)
+
+
+# ---- the conditions of an evaluation
+
+
+@pytest.fixture(scope="module")
+def plan(rig):
+    """Two questions about images, with prompts of a block of 32 and a bit more, under three conditions."""
+    rows = [([noise_image(i, 112, 112)], "from red 3 hops what is next from blue 2 hops 1") for i in range(2)]
+    return Plan(Asked(rig.requests(rows), ("x", "y")), parse_conditions("own,noise,zeros"), NOISY)
+
+
+def lengths(plan):
+    found = [len(request.prompt_ids) for request in plan.questions.requests(range(len(plan.questions)))]
+    assert all(32 < length < 64 - plan.sampling.max_tokens for length in found)
+    return found
+
+
+def test_a_plan_prefills_a_prompt_once_and_behind_it_the_last_block_alone(engines, plan):
+    cached = engines("cached")
+    cached.llm.reset_prefix_cache()
+    with eyes(cached) as seen:
+        together = [one for call in plan.run(cached) for one in call]
+    assert seen.prefilled == sum(length + 2 * (length - 32) for length in lengths(plan))
+    calm = [one for call in plan.run(engines("calm")) for one in call]
+    assert identical([one.rollout for one in together], [one.rollout for one in calm])
+    assert sum(len(one.latents) for one in together) > 6
+
+
+def test_control_a_call_per_condition_prefills_prompts_each_time(engines, plan):
+    cached, found = engines("cached"), 0
+    for condition in plan.conditions:
+        cached.llm.reset_prefix_cache()
+        with eyes(cached) as seen:
+            list(plan.run(cached, done=lambda item, one=condition: item.condition != one))
+        found += seen.prefilled
+    assert found == 3 * sum(lengths(plan))
 
 
 # ---- aborts

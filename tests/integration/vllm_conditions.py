@@ -121,6 +121,8 @@ class Seen:
     """Rows of a step that ended before their prefill did."""
     cached: int = 0
     """Tokens that came out of the prefix cache."""
+    prefilled: int = 0
+    """Tokens of prompts that did not, of requests that came back from a preemption all over again."""
     resumed: int = 0
     """Requests that came back from a preemption."""
     restored: int = 0
@@ -149,6 +151,7 @@ def eyes(engine: Any) -> Iterator[Seen]:
 
     def add_request(slot: int, data: Any) -> None:
         seen.cached += data.num_computed_tokens
+        seen.prefilled += max(len(data.prompt_token_ids) - data.num_computed_tokens, 0)
         add(slot, data)
 
     def prepare_inputs_embeds(encoder_inputs: Any, batch: Any, requests: Any) -> torch.Tensor:

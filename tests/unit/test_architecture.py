@@ -1,4 +1,5 @@
-"""The rooms of the package: imports point downwards and in no circle, and docs/architecture.md lists them all."""
+"""The rooms of the package: imports point downwards and in no circle, generic rooms name no family of models, and
+docs/architecture.md lists all rooms."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 
 import rl_lvr
+from rl_lvr.models.registry import KIND, family_class
+from rl_lvr.plugins import installed
 
 PACKAGE = Path(rl_lvr.__file__).parent
 PAGE = PACKAGE.parent / "docs" / "architecture.md"
@@ -24,6 +27,10 @@ LEVELS = (
 """From the lowest."""
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 LONGEST = 400
+OF_A_FAMILY = ("models", "lab", "commands")
+"""Rooms that may name a family of models; the others know `rl_lvr.models.Family` alone."""
+OTHER_FAMILIES = ("gemma", "idefics", "minicpm", "molmo", "pixtral", "smolvlm")
+"""Backbones without an adapter here, or with one that a test brings."""
 
 
 def modules(package: Path = PACKAGE) -> dict[str, Path]:
@@ -76,6 +83,35 @@ def circles(graph: dict[str, set[str]]) -> list[set[str]]:
     return found
 
 
+def family_words() -> set[str]:
+    """`qwen` of `qwen2_5_vl`, `llava` and `onevision` of `llava_onevision`; and the first word of every name."""
+    known = sorted(installed(KIND))
+    spoken = [*known, *(family_class(model_type).name.split()[0] for model_type in known)]
+    return {*OTHER_FAMILIES, *re.findall(r"[a-z]{4,}", " ".join(spoken).lower())}
+
+
+def without_docstrings(source: str) -> str:
+    """The source, comments included; every string that stands as a statement is blank, lines stay as they are."""
+    lines = source.encode().split(b"\n")  # ast counts columns in bytes
+    for node in ast.walk(ast.parse(source)):
+        value = node.value if isinstance(node, ast.Expr) else None
+        if not (isinstance(value, ast.Constant) and isinstance(value.value, str)):
+            continue
+        first, last = value.lineno - 1, (value.end_lineno or value.lineno) - 1
+        for number in range(first, last + 1):
+            line = lines[number]
+            begin = value.col_offset if number == first else 0
+            end = (value.end_col_offset or 0) if number == last else len(line)
+            lines[number] = line[:begin] + b" " * (end - begin) + line[end:]
+    return b"\n".join(lines).decode()
+
+
+def named_families(source: str, words: set[str]) -> list[str]:
+    """Lines that name a family outside of docstrings."""
+    code = without_docstrings(source).splitlines()
+    return [line.strip() for line in code if any(word in line.lower() for word in words)]
+
+
 @pytest.fixture(scope="module")
 def graph() -> dict[str, set[str]]:
     known = modules()
@@ -93,6 +129,41 @@ def test_imports_point_downwards(graph: dict[str, set[str]]) -> None:
 def test_nothing_imports_in_a_circle(graph: dict[str, set[str]]) -> None:
     assert circles(graph) == []
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == [{"b", "c"}]
+
+
+def test_no_family_is_named_where_code_is_for_all() -> None:
+    words = family_words()
+    assert {"qwen", "internvl", "llava", "onevision", "gemma"} <= words
+    assert words.isdisjoint({"text", "only", "vision", "model"})
+    found = {}
+    for name, path in modules().items():
+        if name.partition(".")[2].split(".")[0] not in OF_A_FAMILY:
+            found[name] = named_families(path.read_text(encoding="utf-8"), words)
+    assert {"rl_lvr.wrapping", "rl_lvr.rollout.vllm.engine", "rl_lvr.evaluation.plan"} <= found.keys()
+    assert {name: lines for name, lines in found.items() if lines} == {}
+
+
+SNIPPET = '''
+"""Qwen2.5-VL writes "é" here."""
+def rope(model):
+    """As in InternVL,
+    and in LLaVA."""
+    width: int = 3; """of Gemma"""; kind = "Qwen3VL"
+    # M-RoPE of qwen
+    if model.config.model_type == "llava_onevision":
+        return f"SmolVLM {width}"
+    return "any family"
+'''
+
+
+def test_a_family_that_is_named_is_found() -> None:
+    assert named_families(SNIPPET, family_words()) == [
+        'width: int = 3;               ; kind = "Qwen3VL"',
+        "# M-RoPE of qwen",
+        'if model.config.model_type == "llava_onevision":',
+        'return f"SmolVLM {width}"',
+    ]
+    assert named_families(SNIPPET, {"any family"}) == ['return "any family"']
 
 
 def test_the_package_of_rewards_is_never_imported() -> None:
