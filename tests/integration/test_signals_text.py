@@ -26,7 +26,7 @@ def rig(request, tiny_folder, tmp_path_factory) -> VLLMRig:
 def test_all_signals_are_measured(rig):
     engine = rig.engine(FORMAT)
     assert rig.family.image_token == -1
-    rollouts = engine.generate(rig.requests(), replace(SAMPLED, seed=1))
+    rollouts = engine.generate(rig.requests(), replace(SAMPLED, seed=1, max_tokens=64))
     assert max(len(rollout.latent_positions) for rollout in rollouts) >= 3
     batch = replay_batch(rig.model, rollouts, [{} for _ in rollouts])
     measured = measure(rig.model, batch, engine.markers, parse_signals(list(SIGNALS))).columns
@@ -43,7 +43,7 @@ def test_all_signals_are_measured(rig):
 
 def test_the_entropy_is_that_of_the_logits(rig):
     engine = rig.engine(FORMAT)
-    rollouts = engine.generate(rig.requests()[:2], replace(SAMPLED, seed=1))
+    rollouts = engine.generate(rig.requests()[:2], replace(SAMPLED, seed=1, max_tokens=64))
     batch = replay_batch(rig.model, rollouts, [{}, {}])
     measured = measure(rig.model, batch, engine.markers, parse_signals(["latent_entropy"]))
     with torch.no_grad():
