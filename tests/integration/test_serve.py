@@ -20,6 +20,7 @@ import pytest
 import torch
 from engine_cases import same
 from helpers import noise_image
+from lab_tools import write_puzzles
 from safetensors.torch import load_file, save_file
 from serve_cases import (
     CLOSE,
@@ -37,7 +38,9 @@ from serve_cases import (
 from vllm_cases import VLLMRig, opened, thinking
 from vllm_pairs import STARTS
 
+from rl_lvr.cli import main
 from rl_lvr.errors import UserError
+from rl_lvr.evaluation.rows import read_rows
 from rl_lvr.latents.format import get_format
 from rl_lvr.latents.interventions import Intervention
 from rl_lvr.latents.starting import LatentStart
@@ -121,6 +124,25 @@ def test_sampled_rollouts_are_those_of_the_reference_engine(rig: VLLMRig, engine
     assert [r.completion_ids for r in rollouts] != [r.completion_ids for r in others]
     silent = [replace(r, sigma=0.0) for r in rollouts]
     assert not check_parity(engine, rig.model, requests, sampling, rollouts=silent).passes(), "the noise is seen"
+
+
+@pytest.mark.usefixtures("empty_afterwards")
+def test_an_evaluation_asks_it(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The rows are those of the engine hf. Control: another number of latents is another format, and refused."""
+    data = write_puzzles(tmp_path / "data", train=1, test=3) / "test.parquet"
+    ask = ["evaluate", str(server.folder), "--data", str(data), "--format", "lvr", "--max-tokens", "10"]
+    ask += ["--conditions", "own,own/forced,noise/forced,swap/forced"]
+    remote = ["--engine", "server", "--url", server.url]
+    rows = []
+    for name, more in (("hf", []), ("server", remote)):
+        out = tmp_path / f"{name}.jsonl"
+        assert main([*ask, "--k", "3", "--out", str(out), *more]) == 0
+        rows.append({row.key: row for row in read_rows(out)})
+    assert rows[0] == rows[1]
+    assert sum(row.latents for row in rows[1].values()) >= 3 * 3 * 3
+    capsys.readouterr()
+    assert main([*ask, "--k", "2", "--out", str(tmp_path / "other.jsonl"), *remote]) == 2
+    assert "serves latent format" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("empty_afterwards")
