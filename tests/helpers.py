@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,14 @@ WORDS = ("red", "green", "blue", "yellow", "from", "hops", "what", "is", "next",
 def noise_image(seed: int, height: int = 56, width: int = 84) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
+
+
+def install(folder: Path, package: str, group: str, *entries: str) -> None:
+    """Write the metadata of a package with entry points, as if it were installed in `folder`."""
+    info = folder / f"{package}-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("\n".join([f"[{group}]", *entries, ""]))
 
 
 def make_batch(

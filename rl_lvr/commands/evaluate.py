@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rl_lvr.errors import UserError
+from rl_lvr.rollout.options import ENGINES
 
 if TYPE_CHECKING:
     from rl_lvr.evaluation.conditions import Condition
@@ -68,7 +69,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="free, forced, forbidden or 'bias X': what is done to START in all conditions that do not say it (free)",
     )
     engine = parser.add_argument_group("engine")
-    engine.add_argument("--engine", choices=("hf", "vllm", "server"), default="hf")
+    engine.add_argument("--engine", choices=ENGINES, default="hf")
     engine.add_argument("--engine-options", default="{}", metavar="YAML", help="{name: value, ...} (docs/engines.md)")
     engine.add_argument("--url", help="of the engine server")
     engine.add_argument("--batch", type=int, default=128, metavar="N", help="rows decoded together (128)")
@@ -163,8 +164,7 @@ def _evaluate(args: argparse.Namespace, conditions: Sequence[Condition], options
     require_valid(args.data, judge=partial(encoder.judge, learned=False, room=room))
     questions = questions_of(records, encoder, cluster=args.cluster, category=args.category)
     rule = Rule(args.kind, args.source, args.tolerance)
-    for question in questions:
-        rule.judge("", question.answer)
+    rule.require_readable(questions.answers)
     settings = _settings(args, folder, latent_format, sampling, rule, kinds)
     file = AnswerFile(out, settings, overwrite=args.overwrite)
     if args.engine == "hf" or with_oracle or specs:

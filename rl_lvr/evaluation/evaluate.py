@@ -49,7 +49,7 @@ class Judge:
             right=right,
             rule=rule,
             latents=len(answered.latents),
-            cluster=question.id if question.cluster is None else question.cluster,
+            cluster=question.group,
             category=question.category,
             seed=answered.rollout.seed,
             donor=None if answered.donor is None else questions[answered.donor].id,
@@ -112,7 +112,7 @@ def evaluate(
                 values = dict(zip([one.item for one in mine], signals.measure(mine), strict=True))
             store.save([(names[one.item.question], one) for one in mine])
             file.add([judge.row(plan.questions, one, values.get(one.item)) for one in answered])
-            bar.advance(len([one for one in answered if not done(one.item)]))
+            bar.advance(sum(not done(one.item) for one in answered))
     summary = summarise(file.rows, plan.undefined, [condition.name for condition in plan.conditions])
     for condition, collapse in store.collapse(names).items():
         summary["conditions"][condition].setdefault("signals", {})["collapse"] = collapse
@@ -135,8 +135,7 @@ class _Store:
     def __init__(self, file: AnswerFile) -> None:
         self.folder = file.latents_folder
 
-    def save(self, named: Sequence[tuple[str, Answered]]) -> None:
-        held = [(name, one) for name, one in named]
+    def save(self, held: Sequence[tuple[str, Answered]]) -> None:
         if not held:
             return
         self.folder.mkdir(exist_ok=True)

@@ -1,8 +1,8 @@
 """Every question under every condition, in as few calls of an engine as there are dependencies.
 
-Conditions that need nothing of each other go into one call, the conditions of a question next to each other: an engine
-with a prefix cache computes the prompt once, and batches are full. Swaps and means follow, once all own latents are
-there, from the last question to the first: a cache without room for all prompts still holds the last ones.
+Independent conditions go into one call, those of a question next to each other: an engine with a prefix cache computes
+the prompt once, and batches are full. Swaps and means follow, once all own latents are there, from the last question to
+the first: a cache without room for all prompts still holds the last ones.
 """
 
 from __future__ import annotations

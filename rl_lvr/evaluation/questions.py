@@ -30,9 +30,14 @@ class Question:
     """Rows of one cluster are not independent of each other; None: the question is a cluster of its own."""
     category: str | None = None
 
+    @property
+    def group(self) -> str:
+        """The cluster's name."""
+        return self.id if self.cluster is None else self.cluster
+
 
 class Questions(Sequence[Question]):
-    """Questions, their prompts and their target vectors. Nothing of a prompt is held in memory between two calls."""
+    """Questions, their prompts and their target vectors. Prompts and images are encoded on each call and not kept."""
 
     def __init__(
         self,
@@ -65,8 +70,8 @@ class Questions(Sequence[Question]):
 
     @property
     def clusters(self) -> list[str]:
-        """Of every question; its id where none was given."""
-        return [question.id if question.cluster is None else question.cluster for question in self._questions]
+        """The cluster of every question."""
+        return [question.group for question in self._questions]
 
     def requests(self, rows: Sequence[int]) -> list[Request]:
         """The prompts of questions."""

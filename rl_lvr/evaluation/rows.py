@@ -62,12 +62,6 @@ class Rule:
     source: Source = "any"
     tolerance: float = 1e-6
 
-    def __str__(self) -> str:
-        return self.name(self.kind)
-
-    def name(self, kind: str) -> str:
-        return kind if self.source == "any" else f"{kind}, {self.source}"
-
     def judge(self, text: str, answer: str) -> tuple[str | None, bool, str]:
         """What `text` answers, whether that is `answer`, and the rule's name.
 
@@ -81,7 +75,13 @@ class Rule:
                 f"the reference {answer!r} is no answer of kind {kind}: correct it, or choose another kind."
             )
         readable = found.verdict is not Verdict.UNREADABLE
-        return found.text if readable else None, found.verdict is Verdict.RIGHT, self.name(kind)
+        name = kind if self.source == "any" else f"{kind}, {self.source}"
+        return found.text if readable else None, found.verdict is Verdict.RIGHT, name
+
+    def require_readable(self, answers: Iterable[str]) -> None:
+        """Refuse references that cannot be read, before any question is asked."""
+        for answer in answers:
+            self.judge("", answer)
 
 
 class AnswerFile:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from helpers import install
 from torch import Tensor, nn
 
 from rl_lvr.models import Family, ImageFrame, TinySpec, TokenGrid, registry
@@ -136,10 +137,7 @@ def _real(images: Mapping[str, Tensor]) -> Tensor:
 @contextmanager
 def installed(folder: Path) -> Any:
     """The family as another package installs it: `folder` on the path, with that package's metadata."""
-    info = folder / "smolvlm_family-1.0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: smolvlm-family\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[rl_lvr.families]\nsmolvlm = smolvlm:SmolVLM\n")
+    install(folder, "smolvlm_family", registry.KIND.group, "smolvlm = smolvlm:SmolVLM")
     before = dict(registry._FAMILIES)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from grpo_cases import LVR, make_trainer, opening
+from helpers import install
 from signal_cases import by_hand, mean, plain_forward
 
 from rl_lvr.errors import UserError
@@ -141,13 +142,8 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder on the path with a module, a file of rewards, and a package's entry points."""
     (tmp_path / "own_signals.py").write_text(OWN)
     (tmp_path / "own_rewards.py").write_text(REWARDS)
-    info = tmp_path / "peaks-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: peaks\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(
-        "[rl_lvr.signals]\nimage_peak = own_signals:image_peak\nlatent_norm = own_signals:latent_norm\n"
-        "two words = own_signals:image_peak\n"
-    )
+    entries = ("image_peak = own_signals:image_peak", "latent_norm = own_signals:latent_norm")
+    install(tmp_path, "peaks", "rl_lvr.signals", *entries, "two words = own_signals:image_peak")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(__import__("sys").modules, "own_signals", raising=False)
     return tmp_path

@@ -1,4 +1,4 @@
-"""Signals of models without images: nothing of an image is asked for, and the rest is measured as ever."""
+"""Signals of text-only models: those of images have no values, and all others are measured."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import make_batch, noise_image
+from helpers import install, make_batch, noise_image
 from safetensors.torch import load_file, save_file
 from transformers import (
     LlamaConfig,
@@ -132,14 +132,6 @@ def test_bidirectional_attention_is_refused_by_name(own_registry, model_type):
     assert "no adapter" in str(UnsupportedFamily("llama"))  # control: another kind of refusal
 
 
-def package(folder, entries):
-    """A package with entry points, installed in `folder`."""
-    info = folder / "other_families-1.0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: other-families\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[rl_lvr.families]\n" + "\n".join(entries) + "\n")
-
-
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
@@ -153,7 +145,7 @@ def package(folder, entries):
 )
 def test_an_entry_point_that_is_no_family_is_refused(tmp_path, monkeypatch, entry, message):
     monkeypatch.setattr(registry, "_FAMILIES", {})
-    package(tmp_path, [entry])
+    install(tmp_path, "other_families", registry.KIND.group, entry)
     assert type(family_of(Qwen2_5_VLConfig())) is Qwen2_5VL
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(UserError, match=message):

@@ -162,8 +162,7 @@ def questions_of(records: Records, encoded: Sequence[Encoded], encoder: Encoder,
             "eval_file has records without latent targets: take oracle out of latent_eval_conditions, or add targets."
         )
     questions = [Question(record.id, record.answer) for record in chosen if record.answer is not None]
-    for question in questions:
-        Rule().judge("", question.answer)
+    Rule().require_readable(question.answer for question in questions)
     return Questions(questions, lambda chosen: [rows[row] for row in chosen], encoder.family)
 
 
