@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from rl_lvr.errors import UserError
 from rl_lvr.evaluation.plan import Answered, Item, Plan
 from rl_lvr.evaluation.questions import Question
 from rl_lvr.evaluation.report import summarise
-from rl_lvr.evaluation.rows import AnswerFile, Row, Rule
+from rl_lvr.evaluation.rows import AnswerFile, Key, Row, Rule
 from rl_lvr.latents.format import FormatIds
 from rl_lvr.latents.interventions import Intervention
 from rl_lvr.latents.text import completion_text
@@ -134,6 +134,8 @@ class _Store:
 
     def __init__(self, file: AnswerFile) -> None:
         self.folder = file.latents_folder
+        self._means: dict[Key, Tensor] = {}
+        """Of the latents of every answer, [1, H], or [0, H] without any: what `collapse` compares."""
 
     def save(self, held: Sequence[tuple[str, Answered]]) -> None:
         if not held:
@@ -145,6 +147,7 @@ class _Store:
         partial = self.folder / "partial"
         save_file({"latents": values.contiguous()}, partial, metadata={"keys": json.dumps(keys)})
         partial.replace(self.folder / f"{number:06}.safetensors")
+        self._note(((name, one.item.condition.name, one.rollout.seed), one.latents.cpu()) for name, one in held)
 
     def load(self, names: Sequence[str], items: Sequence[Item], plan: Plan) -> dict[Item, Tensor]:
         """Of the plan's items, those that are there."""
@@ -153,19 +156,24 @@ class _Store:
             for item in items
             if item.condition.intervention is Intervention.OWN
         }
-        return {wanted[key]: vectors for key, vectors in self._read() if key in wanted}
+        known = self._read()
+        self._note(known.items())
+        return {wanted[key]: vectors for key, vectors in known.items() if key in wanted}
 
     def collapse(self, names: Sequence[str]) -> dict[str, float | None]:
-        """`collapse_of` the latents that are there, by condition."""
+        """`collapse_of` the latents that were loaded and saved, by condition."""
         numbers = {name: number for number, name in enumerate(names)}
         held: dict[str, list[tuple[int, Tensor]]] = {}
-        for (name, condition, _), vectors in self._read():
+        for (name, condition, _), mean in self._means.items():
             if name in numbers:
-                held.setdefault(condition, []).append((numbers[name], vectors))
+                held.setdefault(condition, []).append((numbers[name], mean))
         return {condition: collapse_of(latents) for condition, latents in held.items()}
 
-    def _read(self) -> list[tuple[tuple[str, str, int], Tensor]]:
-        found: dict[tuple[str, str, int], Tensor] = {}
+    def _note(self, latents: Iterable[tuple[Key, Tensor]]) -> None:
+        self._means |= {key: pooled(vectors)[None] if len(vectors) else vectors for key, vectors in latents}
+
+    def _read(self) -> dict[Key, Tensor]:
+        found: dict[Key, Tensor] = {}
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
                 with safe_open(path, framework="pt") as data:
@@ -174,4 +182,4 @@ class _Store:
             except (SafetensorError, ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{path} is damaged ({error}): delete it, and its answers are made again.") from error
             found |= {(name, condition, seed): v for (name, condition, seed, _), v in zip(keys, vectors, strict=True)}
-        return list(found.items())
+        return found
